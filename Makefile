@@ -1,0 +1,49 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+QUICKSTART := recipes/quickstart.yaml
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install quickstart test test-slow test-plugins check bench docs clean help
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+install: $(STAMP)  ## make .venv and install tdro with pinned dependencies
+
+# the dependencies are pinned first and without a build of ours, so that torch stays the build that constraints.txt names
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || python3 -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep -E '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: install  ## the main job on the embedded sample data: 10 minutes on 2 cores
+	$(BIN)/tdro sample sample
+	$(BIN)/tdro run $(QUICKSTART)
+
+test: install  ## the default tests: under 10 minutes on 2 cores
+	$(BIN)/python -m pytest
+
+test-slow: install  ## the long tests
+	$(BIN)/python -m pytest -m slow
+
+test-plugins: install  ## install the distributions under plugins/ and run their tests
+	for plugin in plugins/*/; do \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$plugin && \
+		$(BIN)/python -m pytest $$plugin/tests || exit 1; \
+	done
+
+check: install  ## lint and format check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install  ## side-by-side speed measurements, each printing a ratio
+	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+docs: install  ## regenerate what is generated under docs/
+	$(BIN)/python -m tdro_cli.report.reference > docs/recipe.md
+
+clean:  ## remove what the other targets made, except .venv
+	rm -rf runs sample build dist .pytest_cache .ruff_cache .hypothesis

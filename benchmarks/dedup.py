@@ -1,0 +1,121 @@
+"""Queries per second of `simhash` against a plain loop over the `simhash` package's index: same decisions, one core.
+
+    python benchmarks/dedup.py [--rows 10000 100000 1000000] [--held-out 10000] [--plain-rows 20000] [--data FOLDER]
+
+Queries come from FOLDER/train/*.jsonl.gz (../shared/data or $TDRO_REAL_DATA), else from the docstrings of the standard
+library. More than there are: words of one query are put into another of the same file, so that the vocabulary is real.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import logging
+import os
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from simhash import Simhash, SimhashIndex  # noqa: E402
+
+from tdro_cli.builtin import deduplicators  # noqa: E402
+from tdro_cli.protocols import Text  # noqa: E402
+
+GOAL = 20
+
+
+def real_queries(folder: Path) -> list[list[str]]:
+    files = sorted((folder / "train").glob("*.jsonl.gz"))
+    return [[json.loads(line)["query"] for line in gzip.open(path, "rt", encoding="utf-8")] for path in files]
+
+
+def sentences_of_the_standard_library() -> list[list[str]]:
+    import ast
+
+    sentences = []
+    for path in sorted(Path(os.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="replace"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                text = ast.get_docstring(node) or ""
+                sentences += [" ".join(part.split()) for part in text.split(".") if len(part) > 20]
+    return [sentences]
+
+
+def queries(sources: list[list[str]], count: int, seed: int) -> Iterator[str]:
+    """The real ones in random order, then crossings of two."""
+    random_source = random.Random(seed)
+    real = [query for source in sources for query in source]
+    random_source.shuffle(real)
+    yield from real[:count]
+    weights = [len(source) for source in sources]
+    for _ in range(count - len(real)):
+        one, other = random_source.choices(random_source.choices(sources, weights)[0], k=2)
+        words, others = one.split(" "), other.split(" ")
+        cut = random_source.randint(0, len(words))
+        yield " ".join(words[:cut] + others[min(cut, len(others) - 1) :])
+
+
+def plain_loop(train: list[str], held_out: list[str]) -> tuple[set[tuple[int, int]], float]:
+    """The release's way: an object a text, an index lookup a query. Pairs and seconds of processor time of the loop."""
+    logging.getLogger("simhash").setLevel(logging.ERROR)
+    index = SimhashIndex([(str(i), Simhash(text.replace("_", ""))) for i, text in enumerate(held_out)], k=2)
+    began = time.process_time()
+    pairs = {(i, int(h)) for i, q in enumerate(train) for h in index.get_near_dups(Simhash(q.replace("_", "")))}
+    return pairs, time.process_time() - began
+
+
+def ours(train, held_out: list[str], name: str = "SimHash") -> tuple[set[tuple[int, int]], float]:
+    """Pairs and seconds of processor time, reading the held-out texts included."""
+    deduplicator = getattr(deduplicators, name)(processes=1)
+    held = [Text(str(i), text) for i, text in enumerate(held_out)]
+    began = time.process_time()
+    found = deduplicator.duplicates((Text(str(i), text) for i, text in enumerate(train)), held)
+    pairs = {(int(pair.train_id), int(pair.held_out_id)) for pair in found}
+    return pairs, time.process_time() - began
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--held-out", type=int, default=10_000)
+    parser.add_argument("--plain-rows", type=int, default=20_000, help="rows given to the plain loop")
+    default = os.environ.get("TDRO_REAL_DATA", Path(__file__).resolve().parents[2] / "shared/data")
+    parser.add_argument("--data", type=Path, default=default)
+    given = parser.parse_args()
+    sources = real_queries(given.data) or sentences_of_the_standard_library()
+    print(f"{sum(map(len, sources)):,} real queries; {given.held_out:,} held-out texts; one core")
+
+    held_out = list(queries(sources, given.held_out, seed=1))
+    sample = list(queries(sources, given.plain_rows, seed=2))
+    expected, seconds = plain_loop(sample, held_out)
+    plain_rate = len(sample) / seconds
+    print(f"plain loop   {len(sample):>9,} rows  {seconds:7.2f} s  {plain_rate:9,.0f} queries/s  {len(expected)} pairs")
+    found, _ = ours(sample, held_out)
+    if found != expected:
+        print(f"the decisions differ: {len(found ^ expected)} pairs")
+        return 1
+    print("decisions identical")
+    for rows in given.rows:
+        train = list(queries(sources, rows, seed=2))  # made before the clock starts
+        pairs, seconds = ours(train, held_out)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(
+            f"simhash      {rows:>9,} rows  {seconds:7.2f} s  {rows / seconds:9,.0f} queries/s  {len(pairs)} pairs  "
+            f"{rows / seconds / plain_rate:5.1f} x  peak {peak:,.0f} MB"
+        )
+    ratio = rows / seconds / plain_rate
+    for name in ("Exact", "MinHash"):
+        pairs, seconds = ours(sample, held_out, name)
+        print(f"{name.lower():12} {len(sample):>9,} rows  {seconds:7.2f} s  {len(sample) / seconds:9,.0f} queries/s")
+    print(f"ratio {ratio:.1f} (goal {GOAL})")
+    return 0 if ratio >= GOAL else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+from tdro_cli.cli import main
+
+main()

@@ -1,0 +1,103 @@
+"""What a stage leaves behind: it exists if and only if it is complete, and says what it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a plain value, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` so that a reader sees the old file or the whole new one."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes aside, syncs, renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` is a published artifact."""
+    return (folder / MANIFEST).is_file()
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    return read_json(folder / MANIFEST)
+
+
+@contextmanager
+def publishing(folder: Path, manifest: Callable[[], Mapping[str, Any]]) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` when the block ends well and is removed when it does not.
+
+    `manifest()` is called at the end; the digests of all files are added to what it returns. If another process has
+    published `folder` meanwhile, its artifact stays and ours is dropped: both were made from the same inputs.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        files = {str(path.relative_to(aside)): digest_file(path) for path in sorted(aside.rglob("*")) if path.is_file()}
+        write_json(aside / MANIFEST, {**manifest(), "files": files})
+        for path in [*aside.rglob("*"), aside]:
+            _sync(path)
+        if not is_complete(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # a leftover without a manifest is not an artifact
+            os.rename(aside, folder)
+            _sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Makes the relative symbolic link `link` name `target`, in one step."""
+    aside = link.with_name(f".{link.name}.{os.getpid()}.link")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(aside, link)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

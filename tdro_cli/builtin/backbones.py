@@ -1,0 +1,271 @@
+"""Backbones: models that turn tokens into hidden states, with their tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tdro_cli.errors import TdroError, did_you_mean
+from tdro_cli.protocols import LoadedBackbone
+
+DECODER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Any decoder or encoder of Hugging Face, from a folder or by its hub name.
+
+    `revision` pins a hub model to a commit. `trust_remote_code` runs Python that comes with the model.
+    """
+
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def load(self, source: str, *, dtype: str = "float32", attention: str = "sdpa") -> LoadedBackbone:
+        """The model without a head, and its tokenizer.
+
+        The weights are float32 whatever `dtype` is: it names the precision to compute in, which the encoder applies
+        ("float32" or "bfloat16"). `attention` goes to transformers ("sdpa", "eager", "flash_attention_2" ...).
+        Raises TdroError if there is no such model, or its weights or tokenizer don't fit it.
+        """
+        if dtype not in PRECISIONS:
+            raise TdroError(f"no precision {dtype!r}", where="backbone", remedy=did_you_mean(dtype, PRECISIONS))
+        folder = local_folder(source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        with _quiet():
+            model = _load_model(source, folder, attention=attention, trust_remote_code=self.trust_remote_code)
+            tokenizer = _load_tokenizer(source, folder, trust_remote_code=self.trust_remote_code)
+        _check_vocabulary(source, model, tokenizer)
+        _leave_pooler_out(model)
+        embeddings = model.get_input_embeddings()
+        if embeddings.padding_idx is not None and tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+            embeddings.padding_idx = None  # it would keep EOS, which pads here, from being trained
+        # a name, not a place on this machine, for what is saved later
+        model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = str(source)
+        from tdro_cli.model.encoder import is_causal
+
+        return LoadedBackbone(model, tokenizer, lora_targets(model), is_causal(model))
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A small Qwen2 with random weights and a tokenizer trained on the tasks' own text, for work without a network."""
+
+    hidden_size: int = 128
+    layers: int = 2
+    heads: int = 4
+    intermediate_size: int | None = None  # four times hidden_size when left out
+    vocab_size: int = 8000
+    max_positions: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be an even number times heads {self.heads}")
+        if self.vocab_size < 300:
+            raise ValueError(f"vocab_size must be >= 300 (256 bytes and some), got {self.vocab_size}")
+
+    def prepare(self, texts: Iterable[str], folder: Path, *, seed: int) -> None:
+        """Writes tokenizer and model into `folder`: the same bytes for the same texts, options and seed."""
+        import torch
+        from transformers import Qwen2Config, Qwen2Model
+
+        tokenizer = _train_tokenizer(texts, self.vocab_size, self.max_positions)
+        config = Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size or 4 * self.hidden_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            max_position_embeddings=self.max_positions,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=False,
+        )
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Qwen2Model(config)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+    def load(self, source: str, *, dtype: str = "float32", attention: str = "sdpa") -> LoadedBackbone:
+        """The model that `prepare` wrote into the folder `source`."""
+        if not (Path(source) / "config.json").is_file():
+            raise TdroError(
+                "no scratch model has been made yet", where=str(source), remedy="make it from the tasks' text first"
+            )
+        return Auto().load(source, dtype=dtype, attention=attention)
+
+
+def local_folder(source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """The folder of a model: `source` itself, or the local copy of a hub model, fetched if need be.
+
+    Raises TdroError if there is neither.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if trust_remote_code else [])]
+    try:
+        with _quiet():
+            return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise TdroError(
+            f"no model folder {str(source)!r}", where="backbone.source", remedy="give an existing folder or a hub name"
+        ) from error
+    except (OSError, HfHubHTTPError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TdroError(
+            f"no model {str(source)!r}{at}: no such folder here, and the hub did not give it ({reason})",
+            where="backbone.source",
+            remedy="check the name and the network, or download the model and give its folder",
+        ) from error
+
+
+def lora_targets(model: Any) -> tuple[str, ...]:
+    """The linear layers that LoRA adapts by default: attention and feed-forward, never an unused pooler."""
+    import torch
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    pooler = {name for name in linear if "pooler" in name.split(".")}
+    last = [name.rpartition(".")[2] for name in linear if name not in pooler]
+    if "q_proj" in last:
+        return tuple(name for name in DECODER_TARGETS if name in last)
+    # "dense" of a BERT is three layers and the pooler's too, so such a name takes its parent with it
+    shared = {name.rpartition(".")[2] for name in pooler} | {"dense"}
+    short = [
+        ".".join(name.split(".")[-2:]) if name.rpartition(".")[2] in shared else name.rpartition(".")[2]
+        for name in linear
+        if name not in pooler
+    ]
+    return tuple(dict.fromkeys(short))
+
+
+def _load_model(source: str | Path, folder: Path, *, attention: str, trust_remote_code: bool) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    options = {"trust_remote_code": trust_remote_code}
+    if not (folder / "config.json").is_file():
+        raise TdroError(
+            "no model: config.json is missing", where=str(source), remedy="give the folder of a saved model"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, **options)
+        if config.is_encoder_decoder:
+            raise TdroError(
+                f"{config.model_type} is an encoder-decoder", where=str(source), remedy="give an encoder or a decoder"
+            )
+        model, report = AutoModel.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            # transformers' own choice is sdpa, and eager for the few models that sdpa can't serve (Gemma 2)
+            attn_implementation=None if attention == "sdpa" else attention,
+            output_loading_info=True,
+            **options,
+        )
+    except ImportError as error:
+        raise TdroError(
+            f"attention {attention!r} can't be used here: {_first_line(error)}",
+            where="backbone.attention",
+            remedy="install what it needs, or use sdpa",
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise TdroError(
+            f"the model can't be loaded: {_first_line(error)}",
+            where=str(source),
+            remedy="check that the folder is whole, that transformers knows this model, and the attention setting",
+        ) from error
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key.split("."))
+    if missing:
+        raise TdroError(
+            f"the weights lack {len(missing)} tensors of the model, first {missing[0]!r}",
+            where=str(source),
+            remedy="give a checkpoint of the whole model; these would be random",
+        )
+    if report["missing_keys"]:
+        model.pooler = None  # random weights, and no pooling of ours reads them
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model
+
+
+def _load_tokenizer(source: str | Path, folder: Path, *, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+        raise TdroError(
+            f"the tokenizer can't be loaded: {_first_line(error)}",
+            where=str(source),
+            remedy="check that tokenizer.json and tokenizer_config.json are beside the model",
+        ) from error
+
+
+def _check_vocabulary(source: str | Path, model: Any, tokenizer: Any) -> None:
+    rows, ids = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    if ids > rows:
+        raise TdroError(
+            f"the tokenizer has token ids up to {ids - 1}, but the model has embeddings for {rows}",
+            where=str(source),
+            remedy="use the tokenizer that belongs to this model",
+        )
+
+
+def _leave_pooler_out(model: Any) -> None:
+    """BERT's pooler feeds no embedding of ours; without gradients it stays as it came."""
+    pooler = getattr(model, "pooler", None)
+    if pooler is not None:
+        pooler.requires_grad_(False)
+
+
+def _train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Any:
+    """A byte-level BPE tokenizer of Qwen2's kind, which transformers also finds by the model's type."""
+    from tokenizers import trainers
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+    # Qwen2's own normaliser and word pattern, with no words yet
+    pipeline = Qwen2Tokenizer(vocab={}, merges=[], **special).backend_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special.values()),
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    pipeline.train_from_iterator(texts, trainer)
+    return Qwen2Tokenizer(tokenizer_object=pipeline, model_max_length=max_length, **special)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars and load reports of transformers and the hub client; our own checks speak up."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    level, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()

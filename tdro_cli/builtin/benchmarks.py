@@ -1,0 +1,554 @@
+"""Test collections from local files, in the layouts in which they are published. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from tdro_cli.errors import Problems, TdroError, did_you_mean
+from tdro_cli.protocols import TestCollection, Text
+
+LISTED = 20  # bad lines of one file that are reported together
+
+Qrels = dict[str, dict[str, int]]
+
+_WHITE = re.compile(r"[ \t\r\n]")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder in BEIR layout, or a folder of such folders, each a subset.
+
+    A collection is `corpus.jsonl`, `queries.jsonl` (both plain or .gz) and `qrels/SPLIT.tsv`.
+    """
+
+    path: str
+    split: str = "test"
+    name: str | None = None
+    """names the benchmark in tables; the folder's own name by default"""
+    drop_same_id: bool = False
+    """leave out a document whose id is the query's, as BEIR does for arguana and quora"""
+    prompt: str | None = None
+    """instruction for the queries; null: the evaluated model's own"""
+    measures = ("nDCG@10", "R@100")
+
+    @property
+    def _name(self) -> str:
+        return self.name or Path(self.path).resolve().name
+
+    def _folders(self) -> dict[str, Path]:
+        root = Path(self.path)
+        if _find(root, "corpus.jsonl") or not root.is_dir():
+            return {self._name: root}
+        children = {child.name: child for child in sorted(root.iterdir()) if _find(child, "corpus.jsonl")}
+        return children or {self._name: root}
+
+    def subsets(self) -> list[str]:
+        return list(self._folders())
+
+    def missing_files(self) -> list[TdroError]:
+        """One problem for each file that is not there."""
+        return [problem for folder in self._folders().values() for problem in _missing_of_folder(folder, self.split)]
+
+    def load(self, subset: str) -> TestCollection:
+        """Reads queries and judgements; the corpus is read when it is iterated."""
+        return _load_folder(
+            _subset(self._folders(), subset, self._name),
+            self.split,
+            name=f"{self.name}/{subset}" if self.name and self.name != subset else subset,
+            benchmark=self._name,
+            prompt=self.prompt,
+            drop_same_id=self.drop_same_id,
+        )
+
+
+BEIR_SETS = (
+    "arguana",
+    "climate-fever",
+    "cqadupstack",
+    "dbpedia-entity",
+    "fever",
+    "fiqa",
+    "hotpotqa",
+    "msmarco",
+    "nfcorpus",
+    "nq",
+    "quora",
+    "scidocs",
+    "scifact",
+    "trec-covid",
+    "webis-touche2020",
+)
+CQADUPSTACK = (
+    "android",
+    "english",
+    "gaming",
+    "gis",
+    "mathematica",
+    "physics",
+    "programmers",
+    "stats",
+    "tex",
+    "unix",
+    "webmasters",
+    "wordpress",
+)
+SAME_ID_DROPPED = ("arguana", "quora")  # their queries are documents of the corpus
+
+
+@dataclass(frozen=True)
+class BEIR:
+    """The 15 public BEIR sets, one folder each under `path` (arXiv:2104.08663).
+
+    MS MARCO is scored on `dev`, which has labels. CQADupStack is 12 forums, `cqadupstack/FORUM`, which count as one set
+    in an average.
+    """
+
+    path: str
+    sets: tuple[str, ...] | None = None
+    """names out of the 15; null: all"""
+    prompt: str | None = None
+    """instruction for the queries; null: the evaluated model's own"""
+    measures = ("nDCG@10", "R@100")
+
+    def __post_init__(self):
+        _check_choice(self.sets, BEIR_SETS, "BEIR set")
+
+    def _folders(self) -> dict[str, Path]:
+        folders = {}
+        for name in self.sets or BEIR_SETS:
+            parts = [f"{name}/{forum}" for forum in CQADUPSTACK] if name == "cqadupstack" else [name]
+            folders |= {part: Path(self.path) / part for part in parts}
+        return folders
+
+    def subsets(self) -> list[str]:
+        return list(self._folders())
+
+    def missing_files(self) -> list[TdroError]:
+        """One problem for each file that is not there."""
+        return [
+            problem
+            for subset, folder in self._folders().items()
+            for problem in _missing_of_folder(folder, self._split(subset), self._how(subset))
+        ]
+
+    def load(self, subset: str) -> TestCollection:
+        """Reads queries and judgements; the corpus is read when it is iterated."""
+        return _load_folder(
+            _subset(self._folders(), subset, "beir"),
+            self._split(subset),
+            name=f"beir/{subset}",
+            benchmark="beir",
+            prompt=self.prompt,
+            drop_same_id=subset in SAME_ID_DROPPED,
+            how=self._how(subset),
+        )
+
+    def _split(self, subset: str) -> str:
+        return "dev" if subset == "msmarco" else "test"
+
+    def _how(self, subset: str) -> str:
+        archive = f"{subset.split('/')[0]}.zip"
+        url = f"https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{archive}"
+        return f"download {url} and unpack it in {self.path}"
+
+
+MIRACL_LANGUAGES = (
+    *("ar", "bn", "en", "es", "fa", "fi", "fr", "hi", "id", "ja"),
+    *("ko", "ru", "sw", "te", "th", "zh", "de", "yo"),
+)
+
+
+@dataclass(frozen=True)
+class MIRACL:
+    """MIRACL in 18 languages (arXiv:2210.09984): `miracl-v1.0-LANG/` and `miracl-corpus-v1.0-LANG/`.
+
+    Both may lie in `path`, or in `path/miracl` and `path/miracl-corpus` as their repositories are named.
+    """
+
+    path: str
+    languages: tuple[str, ...] | None = None
+    """codes out of the 18; null: all"""
+    split: str = "dev"
+    prompt: str | None = None
+    """instruction for the queries; null: the evaluated model's own"""
+    measures = ("nDCG@10", "R@100")
+
+    def __post_init__(self):
+        _check_choice(self.languages, MIRACL_LANGUAGES, "MIRACL language")
+
+    def subsets(self) -> list[str]:
+        return list(self.languages or MIRACL_LANGUAGES)
+
+    def missing_files(self) -> list[TdroError]:
+        """One problem for each file that is not there."""
+        return [problem for language in self.subsets() for problem in self._missing(language)]
+
+    def load(self, subset: str) -> TestCollection:
+        """Reads topics and judgements; the corpus shards are read when they are iterated."""
+        _subset(dict.fromkeys(self.subsets()), subset, "miracl")
+        if problems := self._missing(subset):
+            raise Problems(problems)
+        qrels_path = self._judged_file(subset, "qrels")
+        qrels = _read_qrels(qrels_path)
+        queries = _judged(_read_topics(self._judged_file(subset, "topics")), qrels, qrels_path)
+        return TestCollection(
+            name=f"miracl/{subset}",
+            corpus=partial(_read_documents, self._shards(subset), id_key="docid"),
+            queries=queries,
+            qrels=qrels,
+            prompt=self.prompt,
+            provenance={"benchmark": "miracl", "path": self.path, "split": self.split, "language": subset},
+        )
+
+    def _missing(self, language: str) -> list[TdroError]:
+        problems = []
+        for kind in ("topics", "qrels"):
+            path = self._judged_file(language, kind)
+            if not path.is_file():
+                problems.append(_missing(path, "get it from https://huggingface.co/datasets/miracl/miracl"))
+        if not self._shards(language):
+            path = self._folder("miracl-corpus", language) / "docs-*.jsonl.gz"
+            problems.append(_missing(path, "get them from https://huggingface.co/datasets/miracl/miracl-corpus"))
+        return problems
+
+    def _folder(self, repository: str, language: str) -> Path:
+        name = f"{repository}-v1.0-{language}"
+        nested = Path(self.path) / repository / name
+        return nested if nested.is_dir() else Path(self.path) / name
+
+    def _judged_file(self, language: str, kind: str) -> Path:
+        return self._folder("miracl", language) / kind / f"{kind}.miracl-v1.0-{language}-{self.split}.tsv"
+
+    def _shards(self, language: str) -> list[Path]:
+        folder = self._folder("miracl-corpus", language)
+        shards = [*folder.glob("docs-*.jsonl.gz"), *folder.glob("docs-*.jsonl")]
+        return sorted(shards, key=lambda path: (int(re.sub(r"\D", "", path.name.split(".")[0]) or 0), path.name))
+
+
+MKQA_LANGUAGES = (
+    *("ar", "da", "de", "es", "fi", "fr", "he", "hu", "it", "ja", "km", "ko", "ms"),
+    *("nl", "no", "pl", "pt", "ru", "sv", "th", "tr", "vi", "zh_cn", "zh_hk", "zh_tw"),
+)
+NOT_FOUND_IN_TEXT = ("unanswerable", "binary", "long_answer")  # answer types that no passage can hold as a string
+
+
+@dataclass(frozen=True)
+class MKQA:
+    """MKQA questions in 25 languages, to be answered from English Wikipedia (arXiv:2007.15207).
+
+    A hit is a passage that holds an English answer. `path` has `mkqa.jsonl.gz` and the passages: `corpus.jsonl` of
+    BEIR's nq (2.7 million, as in the paper; here or in `nq/`) or DPR's `psgs_w100.tsv` (21 million), each plain or .gz.
+    """
+
+    path: str
+    languages: tuple[str, ...] | None = None
+    """codes out of the 25 and `en`; null: the 25"""
+    questions: Literal["answerable", "all"] = "answerable"
+    """`answerable`: those whose answer is a string (6,619, as in the paper); `all`: the others count as never found"""
+    prompt: str | None = None
+    """instruction for the queries; null: the evaluated model's own"""
+    measures = ("accuracy@10", "accuracy@100")
+
+    def __post_init__(self):
+        _check_choice(self.languages, (*MKQA_LANGUAGES, "en"), "MKQA language")
+
+    def subsets(self) -> list[str]:
+        return list(self.languages or MKQA_LANGUAGES)
+
+    def missing_files(self) -> list[TdroError]:
+        """One problem for each file that is not there."""
+        problems = []
+        root = Path(self.path)
+        if not self._questions_file():
+            problems.append(_missing(root / "mkqa.jsonl.gz", "get it from https://github.com/apple/ml-mkqa (dataset/)"))
+        if not self._passages():
+            how = "unpack https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/nq.zip there"
+            problems.append(_missing(root / "nq" / "corpus.jsonl", how))
+        return problems
+
+    def load(self, subset: str) -> TestCollection:
+        """Reads the questions and answers; the passages are read when they are iterated."""
+        _subset(dict.fromkeys(self.subsets()), subset, "mkqa")
+        if problems := self.missing_files():
+            raise Problems(problems)
+        queries, answers = _read_mkqa(self._questions_file(), subset, self.questions == "answerable")
+        return TestCollection(
+            name=f"mkqa/{subset}",
+            corpus=self._passages(),
+            queries=queries,
+            qrels={},
+            prompt=self.prompt,
+            answers=answers,
+            provenance={"benchmark": "mkqa", "path": self.path, "questions": self.questions, "language": subset},
+        )
+
+    def _questions_file(self) -> Path | None:
+        return _find(Path(self.path), "mkqa.jsonl")
+
+    def _passages(self) -> Callable[[], Iterator[Text]] | None:
+        root = Path(self.path)
+        for folder in (root, root / "nq"):
+            if path := _find(folder, "corpus.jsonl"):
+                return partial(_read_documents, [path])
+        path = _find(root, "psgs_w100.tsv")
+        return partial(_read_dpr_passages, path) if path else None
+
+
+# ---- folders in BEIR layout ----
+
+
+def _load_folder(
+    folder: Path,
+    split: str,
+    *,
+    name: str,
+    benchmark: str,
+    prompt: str | None,
+    drop_same_id: bool,
+    how: str | None = None,
+) -> TestCollection:
+    if problems := _missing_of_folder(folder, split, how):
+        raise Problems(problems)
+    qrels_path = _find(folder / "qrels", f"{split}.tsv")
+    qrels = _read_qrels(qrels_path)
+    return TestCollection(
+        name=name,
+        corpus=partial(_read_documents, [_find(folder, "corpus.jsonl")]),
+        queries=_judged(_read_queries(_find(folder, "queries.jsonl")), qrels, qrels_path),
+        qrels=qrels,
+        prompt=prompt,
+        provenance={
+            "benchmark": benchmark,
+            "path": str(folder),
+            "split": split,
+            "drop_same_id": drop_same_id,
+        },
+    )
+
+
+def _missing_of_folder(folder: Path, split: str, how: str | None = None) -> list[TdroError]:
+    wanted = [(folder, "corpus.jsonl"), (folder, "queries.jsonl"), (folder / "qrels", f"{split}.tsv")]
+    how = how or "a collection is corpus.jsonl[.gz], queries.jsonl[.gz] and qrels/SPLIT.tsv in one folder"
+    problems = []
+    for parent, name in wanted:
+        if not _find(parent, name):
+            splits = sorted(p.name.removesuffix(".gz").removesuffix(".tsv") for p in parent.glob("*.tsv*"))
+            hint = f"the splits here are {', '.join(splits)}" if splits else how
+            problems.append(_missing(parent / name, hint))
+    return problems
+
+
+def _missing(path: Path, how: str) -> TdroError:
+    return TdroError(f"there is no {path}", where=str(path), remedy=how)
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    """The file of that name in `folder`, plain or gzipped."""
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def _subset(folders: Mapping[str, Any], subset: str, benchmark: str) -> Any:
+    if subset not in folders:
+        raise TdroError(f"{benchmark} has no subset {subset!r}", remedy=did_you_mean(subset, folders))
+    return folders[subset]
+
+
+def _check_choice(given: Sequence[str] | None, valid: Sequence[str], what: str) -> None:
+    for name in given or ():
+        if name not in valid:
+            raise ValueError(f"there is no {what} {name!r}; {did_you_mean(name, valid)}")
+
+
+# ---- files ----
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its end) of the lines that are not blank."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if line := line.rstrip("\r\n"):
+                    yield number, line
+    except UnicodeDecodeError as error:
+        raise _bad(path, number + 1, f"not UTF-8 ({error.reason})") from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise _bad(path, number + 1, f"the gzip file is broken ({error})") from error
+
+
+def _open(path: Path) -> IO[str]:
+    # only \n ends a line: text holds other line separators
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", newline="\n")
+    return open(path, encoding="utf-8", newline="\n")
+
+
+def _bad(path: Path, line: int, reason: str) -> TdroError:
+    return TdroError(f"bad line: {reason}", where=f"{path}:{line}", remedy="mend or fetch the file again")
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise _bad(path, number, f"not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise _bad(path, number, f"a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def _text_of(path: Path, number: int, value: Mapping[str, Any], key: str, default: str | None = None) -> str:
+    text = value.get(key, default)
+    if key == "_id" and isinstance(text, int) and not isinstance(text, bool):
+        text = str(text)
+    if not isinstance(text, str):
+        raise _bad(path, number, f"no {key!r}" if text is None else f"{key!r} is not text")
+    return text
+
+
+def _read_documents(paths: Sequence[Path], id_key: str = "_id") -> Iterator[Text]:
+    """Documents of JSON-lines files, title before text as in training. A document may be empty, its id not."""
+    from tdro_cli.data.formats import Passage, passage_text
+
+    for path in paths:
+        for number, line in _lines(path):
+            value = _object(path, number, line)
+            docid = _text_of(path, number, value, id_key)
+            if not docid or _WHITE.search(docid):
+                raise _bad(path, number, f"the id {docid!r} is empty or has white space, which run files can't hold")
+            title = _text_of(path, number, value, "title", "") if value.get("title") is not None else ""
+            yield Text(docid, passage_text(Passage(docid, title, _text_of(path, number, value, "text"))))
+
+
+def _read_dpr_passages(path: Path) -> Iterator[Text]:
+    """DPR's passages: a TSV with quotes, `id text title`."""
+    import csv
+
+    from tdro_cli.data.formats import Passage, passage_text
+
+    csv.field_size_limit(1 << 24)
+    with _open(path) as file:
+        reader = csv.reader(file, delimiter="\t")
+        for row in reader:
+            if reader.line_num == 1 and row == ["id", "text", "title"]:
+                continue
+            if len(row) != 3:
+                raise _bad(path, reader.line_num, f"3 columns are expected (id, text, title), not {len(row)}")
+            docid, text, title = row
+            yield Text(docid, passage_text(Passage(docid, title, text)))
+
+
+def _each_line(path: Path, take: Callable[[int, str], None]) -> None:
+    """Gives every line to `take`; the first 20 bad ones are reported together."""
+    problems: list[TdroError] = []
+    for number, line in _lines(path):
+        try:
+            take(number, line)
+        except TdroError as error:
+            problems.append(error)
+            if len(problems) == LISTED:
+                break
+    if problems:
+        raise problems[0] if len(problems) == 1 else Problems(problems)
+
+
+def _read_queries(path: Path) -> dict[str, Text]:
+    queries: dict[str, Text] = {}
+
+    def take(number: int, line: str) -> None:
+        value = _object(path, number, line)
+        _add_query(queries, path, number, _text_of(path, number, value, "_id"), _text_of(path, number, value, "text"))
+
+    _each_line(path, take)
+    return queries
+
+
+def _read_topics(path: Path) -> dict[str, Text]:
+    """MIRACL's topics: `id<TAB>query`."""
+    queries: dict[str, Text] = {}
+
+    def take(number: int, line: str) -> None:
+        query_id, tab, text = line.partition("\t")
+        if not tab:
+            raise _bad(path, number, "2 columns are expected (id, query)")
+        _add_query(queries, path, number, query_id, text)
+
+    _each_line(path, take)
+    return queries
+
+
+def _add_query(queries: dict[str, Text], path: Path, number: int, query_id: str, text: str) -> None:
+    if not query_id or _WHITE.search(query_id):
+        raise _bad(path, number, f"the id {query_id!r} is empty or has white space, which run files can't hold")
+    if not text.strip():
+        raise _bad(path, number, f"the query {query_id!r} is empty")
+    if query_id in queries:
+        raise _bad(path, number, f"the query id {query_id!r} is given twice")
+    queries[query_id] = Text(query_id, text)
+
+
+def _read_qrels(path: Path) -> Qrels:
+    """BEIR's three columns under a header, or TREC's four. Of a pair that is judged twice the last line holds."""
+    qrels: Qrels = {}
+
+    def take(number: int, line: str) -> None:
+        columns = line.split("\t")
+        if len(columns) not in (3, 4):
+            columns = line.split()
+        if len(columns) == 4:  # query, iteration, document, score
+            columns = [columns[0], *columns[2:]]
+        if len(columns) != 3:
+            raise _bad(path, number, f"3 columns are expected (query-id, corpus-id, score), not {len(columns)}")
+        query_id, docid, score = (column.strip() for column in columns)
+        if number == 1 and (query_id, score) == ("query-id", "score"):
+            return
+        try:
+            qrels.setdefault(query_id, {})[docid] = int(score)
+        except ValueError:
+            raise _bad(path, number, f"the score {score!r} is not a whole number") from None
+
+    _each_line(path, take)
+    if not qrels:
+        raise TdroError("no judgements", where=str(path), remedy="fetch the file again")
+    return qrels
+
+
+def _judged(queries: Mapping[str, Text], qrels: Qrels, path: Path) -> list[Text]:
+    """The queries that have judgements, in their file's order."""
+    unknown = [query_id for query_id in qrels if query_id not in queries]
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise TdroError(
+            f"judged queries that the query file lacks: {', '.join(map(repr, unknown[:3]))}{more}",
+            where=str(path),
+            remedy="queries and judgements must be of one release",
+        )
+    return [query for query_id, query in queries.items() if query_id in qrels]
+
+
+def _read_mkqa(path: Path, language: str, answerable: bool) -> tuple[list[Text], dict[str, tuple[str, ...]]]:
+    """Questions in `language` and their English answers (texts and aliases) by question id."""
+    queries: dict[str, Text] = {}
+    answers: dict[str, tuple[str, ...]] = {}
+
+    def take(number: int, line: str) -> None:
+        value = _object(path, number, line)
+        try:
+            query_id, text = str(value["example_id"]), value["queries"][language]
+            accepted = [answer for answer in value["answers"]["en"] if answer["type"] not in NOT_FOUND_IN_TEXT]
+            strings = [s for answer in accepted for s in (answer.get("text"), *(answer.get("aliases") or ())) if s]
+        except (KeyError, TypeError) as error:
+            raise _bad(path, number, f"not an MKQA example in {language!r}: {error}") from error
+        if strings or not answerable:
+            _add_query(queries, path, number, query_id, text)
+            answers[query_id] = tuple(dict.fromkeys(strings))
+
+    _each_line(path, take)
+    return list(queries.values()), answers

@@ -1,0 +1,310 @@
+"""Deduplicators: exact, simhash, minhash. How each decides is told in docs/dedup.md, with what each misses."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from tdro_cli.protocols import DuplicatePair, Text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Matches = tuple[np.ndarray, np.ndarray, np.ndarray]  # row in the chunk, held-out text, similarity; sorted
+
+DENSE = "\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"  # Han, kana, Hangul, Yi: a character says a lot
+BESIDE_DENSE = re.compile(f"(?<=[{DENSE}]) | (?=[{DENSE}])")
+WORD = re.compile(f"[{DENSE}]|[^ {DENSE}]+")
+LEAD_IN = re.compile(r"[^:：]{1,40}[:：]\s*")  # "Question: ", "Please tell me: "
+MAX_WORDS = 400  # longer texts are compared by shingles only
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Equal after normalisation: Unicode form (NFKC), letter case, punctuation, spaces.
+
+    `processes`: how many to use for large inputs; null for as many as there are cores.
+    """
+
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_processes(self.processes)
+
+    def duplicates(self, train: Iterable[Text], held_out: Iterable[Text]) -> Iterator[DuplicatePair]:
+        ids, texts = _split(held_out)
+        return _search(_EqualTexts(texts), train, ids, self.processes)
+
+
+@dataclass(frozen=True)
+class SimHash:
+    """SimHash of 64 bits over windows of 4 characters, as in the paper's release: at most `max_distance` bits differ.
+
+    The decisions of the `simhash` package. `similarity` is 1 - distance / 64.
+    """
+
+    max_distance: int = 2
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_processes(self.processes)
+        if not 0 <= self.max_distance <= 15:
+            raise ValueError(f"max_distance must be in 0..15, got {self.max_distance}")
+
+    def duplicates(self, train: Iterable[Text], held_out: Iterable[Text]) -> Iterator[DuplicatePair]:
+        # the release leaves out held-out texts that are empty after its preparation, but no training text
+        ids, texts = _split(text for text in held_out if text.text.replace("_", ""))
+        return _search(_NearFingerprints(texts, self.max_distance), train, ids, self.processes)
+
+    def weak_spots(self, texts: Iterable[str]) -> list[str]:
+        """What to know about these held-out texts before one believes the result."""
+        without_letters = marked = 0
+        for text in texts:
+            without_letters += not any(map(str.isalnum, text))
+            marked += sum(unicodedata.category(character)[0] == "M" for character in text) * 10 > len(text)
+        found = []
+        if without_letters:
+            found.append(f"{without_letters} texts have no letter or digit: to simhash they equal all such texts")
+        if marked:
+            found.append(
+                f"{marked} texts are more than a tenth combining marks (as Hindi and Thai are), which simhash drops: "
+                "different words can look alike; check these pairs, or use minhash"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class MinHash:
+    """The same question in other clothes: a typo, a dropped word, a lead-in, besides all that `exact` sees.
+
+    Candidates come from MinHash with LSH over `num_permutations`; each is then verified: the true Jaccard similarity of
+    the shingle sets is at least `threshold`, and what differs is left out, added or mistyped. Where words or numbers
+    were exchanged for others (more than one word in twenty), it is another question. `similarity` is the Jaccard one.
+    """
+
+    threshold: float = 0.6
+    num_permutations: int = 128
+    processes: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_processes(self.processes)
+        if not 0.2 <= self.threshold <= 1:
+            raise ValueError(f"threshold must be in 0.2..1, got {self.threshold}")
+        if not 16 <= self.num_permutations <= 1024:
+            raise ValueError(f"num_permutations must be in 16..1024, got {self.num_permutations}")
+
+    def duplicates(self, train: Iterable[Text], held_out: Iterable[Text]) -> Iterator[DuplicatePair]:
+        ids, texts = _split(held_out)
+        return _search(_SameQuestions(texts, self.threshold, self.num_permutations), train, ids, self.processes)
+
+
+def _check_processes(processes: int | None) -> None:
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes must be at least 1, or null for all cores, got {processes}")
+
+
+def _split(texts: Iterable[Text]) -> tuple[list[str], list[str]]:
+    ids, contents = [], []
+    for text in texts:
+        ids.append(text.id)
+        contents.append(text.text)
+    return ids, contents
+
+
+def _search(matcher: Any, train: Iterable[Text], ids: Sequence[str], processes: int | None) -> Iterator[DuplicatePair]:
+    from tdro_cli.retrieve.deduplication import find_duplicates
+
+    return find_duplicates(matcher, train, ids, processes)
+
+
+# ---- what counts as the same text ----
+
+
+def normalized(text: str) -> str:
+    """The text without what does not change a question.
+
+    NFKC, case folded (and the dotless and dotted i of Turkish made one); apostrophes and invisible characters deleted;
+    other punctuation made a space, but for # % & @, which can carry the meaning, as symbols (+ = $ ...) do; spaces
+    collapsed, and dropped beside Chinese, Japanese and Korean characters. Letters, digits and combining marks stay.
+    A text of nothing but punctuation stays as it is.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    folded = folded.replace("i\u0307", "i").replace("ı", "i")
+    deleted, spaced = _dropped_characters()
+    words = spaced.sub(" ", deleted.sub("", folded)).split()
+    return BESIDE_DENSE.sub("", " ".join(words or folded.split()))
+
+
+@cache
+def _dropped_characters() -> tuple[re.Pattern, re.Pattern]:
+    deleted, spaced = ["'’‘ʼ`´"], []
+    for code in range(0x110000):
+        character = chr(code)
+        category = unicodedata.category(character)
+        if category in ("Cf", "Cc", "Cs") and not character.isspace():
+            deleted.append(character)
+        elif (category[0] == "P" and character not in "#%&@'’‘") or (category == "Sk" and character not in "`´"):
+            spaced.append(character)
+    return tuple(re.compile("[" + "".join(map(re.escape, "".join(kept))) + "]+") for kept in (deleted, spaced))
+
+
+def shingles(text: str) -> set[str]:
+    """Windows of 3 characters of a normalised text, of 2 where a dense script begins; a space before and after."""
+    if not text:
+        return set()
+    padded = f" {text} "
+    found = {padded[i : i + 3] for i in range(len(padded) - 2)}
+    if not padded.isascii():
+        for i, character in enumerate(padded[:-1]):
+            if character > "\u2e7f":
+                found.discard(padded[i : i + 3])
+                found.add(padded[i : i + 2])
+    return found
+
+
+def jaccard(one: set[str], other: set[str]) -> float:
+    common = len(one & other)
+    return common / ((len(one) + len(other) - common) or 1)
+
+
+def only_slips(one: str, other: str) -> bool:
+    """Whether two normalised texts differ only in words left out, added or mistyped, not exchanged for others.
+
+    One exchanged word in twenty is allowed, no exchanged number.
+    """
+    import difflib
+
+    words, others = WORD.findall(one), WORD.findall(other)
+    if max(len(words), len(others)) > MAX_WORDS:
+        return True
+    if any(map(str.isdigit, one)) and any(map(str.isdigit, other)):
+        numbers, other_numbers = _numbers(words), _numbers(others)
+        if numbers - other_numbers and other_numbers - numbers:
+            return False
+    exchanged = 0
+    for what, a, b, c, d in difflib.SequenceMatcher(None, words, others, autojunk=False).get_opcodes():
+        if what == "replace":
+            exchanged += _exchanged(words[a:b], others[c:d])
+    return exchanged * 20 <= max(len(words), len(others))
+
+
+def _numbers(words: Iterable[str]) -> set[str]:
+    return {word for word in words if any(map(str.isdigit, word))}
+
+
+def _exchanged(words: Sequence[str], others: Sequence[str]) -> int:
+    """How many words of a replaced stretch stand for other ones, rather than being mistyped, split or joined."""
+    if "".join(words) == "".join(others):
+        return 0
+    few, many = sorted([list(words), list(others)], key=len)
+    exchanged = 0
+    for word in few:
+        near = next((candidate for candidate in many if is_typo(word, candidate)), None)
+        if near is None:
+            exchanged += 1
+        else:
+            many.remove(near)
+    return exchanged
+
+
+def is_typo(word: str, other: str) -> bool:
+    """One slip apart: a letter too many, too few, wrong, or two swapped. Only in words of 3 letters or more, two for
+    swaps; a single wrong letter needs 5, as short words so near are mostly different words."""
+    if word == other:
+        return True
+    short, long = sorted([word, other], key=len)
+    if len(long) - len(short) > 1 or len(long) < 2:
+        return False
+    start = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+    if len(short) < len(long):
+        return len(short) >= 3 and short[start:] == long[start + 1 :]
+    swapped = short[start : start + 2] == long[start : start + 2][::-1] and short[start + 2 :] == long[start + 2 :]
+    return swapped or (len(short) >= 5 and short[start + 1 :] == long[start + 1 :])
+
+
+def without_lead_in(text: str) -> str | None:
+    """The normalised text after a few words and a colon; None if there are none, or little comes after."""
+    lead_in = LEAD_IN.match(text)
+    rest = normalized(text[lead_in.end() :]) if lead_in else ""
+    return rest if len(rest) >= 4 else None
+
+
+# ---- matchers: built from the held-out texts, called with chunks of training texts, maybe in another process ----
+
+
+class _EqualTexts:
+    def __init__(self, held_out: Sequence[str]):
+        self.held_out: dict[str, list[int]] = {}
+        for index, text in enumerate(held_out):
+            if key := normalized(text):
+                self.held_out.setdefault(key, []).append(index)
+
+    def __call__(self, texts: Sequence[str]) -> Matches:
+        return _matches((row, h, 1.0) for row, text in enumerate(texts) for h in self.held_out.get(normalized(text), ()))
+
+
+class _NearFingerprints:
+    def __init__(self, held_out: Sequence[str], max_distance: int):
+        import numpy as np
+
+        from tdro_cli.retrieve.fingerprints import HammingIndex, SimHasher
+
+        self.hasher, size = SimHasher(), 8192
+        parts = [self.hasher(held_out[low : low + size]) for low in range(0, len(held_out), size)]
+        self.index = HammingIndex(np.concatenate([np.empty(0, np.uint64), *parts]), max_distance)
+
+    def __call__(self, texts: Sequence[str]) -> Matches:
+        row, near, distance = self.index.pairs(self.hasher(texts))
+        return row, near, 1 - distance / 64
+
+
+class _SameQuestions:
+    def __init__(self, held_out: Sequence[str], threshold: float, num_permutations: int):
+        from tdro_cli.retrieve.fingerprints import MinHasher, MinHashIndex, rows_per_band
+
+        self.held_out, self.threshold = held_out, threshold
+        self.normalized = [normalized(text) for text in held_out]
+        self.hasher = MinHasher(num_permutations)
+        signatures = self._signatures(self.normalized)
+        self.index = MinHashIndex(signatures, rows_per_band(threshold, num_permutations))
+        # five standard deviations of the estimate below the threshold; lead-ins lie lower
+        self.least_estimate = min(threshold - 5 * (threshold * (1 - threshold) / num_permutations) ** 0.5, 0.25)
+
+    def _signatures(self, texts: Sequence[str]) -> np.ndarray:
+        import numpy as np
+
+        parts = [self.hasher([shingles(text) for text in texts[low : low + 4096]]) for low in range(0, len(texts), 4096)]
+        return np.concatenate(parts) if parts else self.hasher([])
+
+    def __call__(self, texts: Sequence[str]) -> Matches:
+        keys = [normalized(text) for text in texts]
+        own = [shingles(key) for key in keys]
+        row, near = self.index.candidates(self.hasher(own), self.least_estimate)
+        return _matches(
+            (i, h, similarity)
+            for i, h in zip(row.tolist(), near.tolist(), strict=True)
+            if (similarity := self._similarity(texts[i], keys[i], own[i], h)) is not None
+        )
+
+    def _similarity(self, text: str, key: str, own: set[str], h: int) -> float | None:
+        """The Jaccard similarity to held-out text `h`, or None if that is another question."""
+        other = self.normalized[h]
+        if key == other:
+            return 1.0 if key else None
+        similarity = jaccard(own, shingles(other))
+        if similarity >= self.threshold:
+            return similarity if only_slips(key, other) else None
+        if other == without_lead_in(text) or key == without_lead_in(self.held_out[h]):
+            return similarity
+        return None
+
+
+def _matches(found: Iterable[tuple[int, int, float]]) -> Matches:
+    import numpy as np
+
+    columns = list(zip(*found, strict=True)) or [(), (), ()]
+    return np.array(columns[0], np.int64), np.array(columns[1], np.int64), np.array(columns[2], float)

@@ -1,0 +1,332 @@
+"""The command line. A command loads the recipe, plans and runs; nothing heavy is imported before it must."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tdro_cli.errors import Problems, TdroError
+
+app = typer.Typer(
+    help="Learn how much of each retrieval training task to use, fine-tune with it, and prove the gain.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipe_app = typer.Typer(help="Check, list, copy recipes; print their JSON schema.", no_args_is_help=True)
+plugins_app = typer.Typer(help="What is installed for each kind of plugin.", invoke_without_command=True)
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(plugins_app, name="plugins")
+
+RecipePath = Annotated[Path, typer.Argument(metavar="[RECIPE]", help="the recipe, a YAML file")]
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="override a key of the recipe; repeatable")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but the result")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="where runs are kept")]
+NumGpus = Annotated[
+    int | None, typer.Option("--num-gpus", min=1, help="processes of distributed stages on this machine")
+]
+Hostfile = Annotated[str | None, typer.Option("--hostfile", help="DeepSpeed host file, for several machines")]
+
+DEFAULT_RECIPE = Path("recipe.yaml")
+DEFAULT_RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How the command talks."""
+
+    json: bool
+    quiet: bool
+
+
+def _run(
+    stages: tuple[str, ...],
+    recipe: Path,
+    overrides: list[str],
+    manner: Manner,
+    runs: Path,
+    *,
+    dry_run: bool,
+    num_gpus: int | None,
+    hostfile: str | None,
+    strategy: str | None = None,
+) -> None:
+    """Plans `stages` and what they need, does what is not done, and shows what the last ones left."""
+    from tdro_cli import recipe as recipes
+    from tdro_cli.report import tables
+    from tdro_cli.run.launch import Machines, run_plan
+    from tdro_cli.run.plan import make_plans
+    from tdro_cli.run.progress import progress
+
+    loaded = recipes.load(recipe, overrides, strategy=strategy)
+    plans = make_plans(loaded, runs, needed=stages)
+    shown = progress(quiet=manner.quiet or manner.json)
+    if dry_run:
+        description = tables.describe(plans)
+        _tell(description, manner, lambda: tables.print_plans(description))
+        return
+    done = []
+    for plan in plans.values():
+        shown.note(f"{plan.stage}: {'complete' if tables.complete(plan) else 'running'}, {plan.folder}")
+        ran = run_plan(plan, Machines(num_gpus, hostfile), shown, quiet=manner.quiet or manner.json)
+        done.append(
+            {"stage": plan.stage, "status": "done" if ran else "complete", "folder": plan.folder, "digest": plan.digest}
+        )
+    result = {"recipe": loaded.recipe.name, "stages": done, "results": tables.results(plans, stages)}
+    _tell(result, manner, lambda: tables.print_results(plans, stages))
+
+
+def _tell(result: Any, manner: Manner, show: Callable[[], None]) -> None:
+    if manner.json:
+        print(json.dumps(result, ensure_ascii=False, indent=1))
+    else:
+        show()
+
+
+def _stage(name: str, words: str) -> None:
+    """Registers the command of a stage: all take the same options."""
+
+    def command(
+        recipe: RecipePath = DEFAULT_RECIPE,
+        overrides: Set = [],  # noqa: B006 - typer copies it
+        dry_run: DryRun = False,
+        as_json: Json = False,
+        quiet: Quiet = False,
+        debug: Debug = False,
+        runs: Runs = DEFAULT_RUNS,
+        num_gpus: NumGpus = None,
+        hostfile: Hostfile = None,
+    ) -> None:
+        _run(
+            (name,),
+            recipe,
+            overrides,
+            Manner(as_json, quiet),
+            runs,
+            dry_run=dry_run,
+            num_gpus=num_gpus,
+            hostfile=hostfile,
+        )
+
+    app.command(name, help=words)(command)
+
+
+_stage("mine", "Find hard negatives for every training query.")
+_stage("dedup", "Remove training rows that repeat test queries.")
+_stage("train-ref", "Train the reference model: all tasks in equal shares.")
+_stage("learn-weights", "Learn the task weights with a proxy model beside the reference.")
+
+
+@app.command(help="Turn learned weights into a sampling plan.")
+def transfer(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="reweight, top_percent, ... in place of the recipe's")
+    ] = None,
+    overrides: Set = [],  # noqa: B006 - typer copies it
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    runs: Runs = DEFAULT_RUNS,
+    num_gpus: NumGpus = None,
+    hostfile: Hostfile = None,
+) -> None:
+    manner = Manner(as_json, quiet)
+    _run(
+        ("transfer",),
+        recipe,
+        overrides,
+        manner,
+        runs,
+        dry_run=dry_run,
+        num_gpus=num_gpus,
+        hostfile=hostfile,
+        strategy=strategy,
+    )
+
+
+_stage("finetune", "Fine-tune the retriever on the sampling plan.")
+_stage("eval", "Evaluate the models on the recipe's benchmarks, with significance tests.")
+
+
+@app.command(help="Run all stages in order, skipping what is complete.")
+def run(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    overrides: Set = [],  # noqa: B006 - typer copies it
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    runs: Runs = DEFAULT_RUNS,
+    num_gpus: NumGpus = None,
+    hostfile: Hostfile = None,
+) -> None:
+    from tdro_cli.run.plan import STAGES
+
+    _run(STAGES, recipe, overrides, Manner(as_json, quiet), runs, dry_run=dry_run, num_gpus=num_gpus, hostfile=hostfile)
+
+
+@app.command(help="Write the embedded sample data: real training tasks and test collections.")
+def sample(
+    folder: Annotated[Path, typer.Argument(help="a new folder")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    from tdro_cli.data.sample import write_sample
+    from tdro_cli.report import tables
+    from tdro_cli.run.progress import progress
+
+    written = write_sample(folder, progress=progress(quiet=quiet or as_json))
+    _tell(written, Manner(as_json, quiet), lambda: tables.print_sample(folder, written))
+
+
+# ---- recipes ----
+
+
+@recipe_app.command("check", help="Report every fault of a recipe and of its training files.")
+def recipe_check(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    overrides: Set = [],  # noqa: B006 - typer copies it
+    as_json: Json = False,
+    debug: Debug = False,
+    runs: Runs = DEFAULT_RUNS,
+) -> None:
+    from tdro_cli import recipe as recipes
+    from tdro_cli.run.plan import open_tasks
+
+    loaded = recipes.load(recipe, overrides)
+    tasks = loaded.recipe.tasks
+    stores = open_tasks(loaded.recipe, {task.name: task.path for task in tasks}, runs / ".cache")
+    rows = {name: len(store) for name, store in stores.items()}
+    result = {"recipe": str(recipe), "tasks": rows}
+    _tell(
+        result,
+        Manner(as_json, False),
+        lambda: print(f"{recipe} is valid: {len(rows)} tasks, {sum(rows.values()):,} rows"),
+    )
+
+
+@recipe_app.command("schema", help="Print the JSON schema of recipes, for editors.")
+def recipe_schema(debug: Debug = False) -> None:
+    from tdro_cli.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=1))
+
+
+@recipe_app.command("list", help="List the recipes that come with tdro.")
+def recipe_list(as_json: Json = False, debug: Debug = False) -> None:
+    from tdro_cli import recipe as recipes
+
+    shipped = recipes.shipped()
+    _tell(
+        shipped,
+        Manner(as_json, False),
+        lambda: print("\n".join(f"{name:40} {words}" for name, words in shipped.items())),
+    )
+
+
+@recipe_app.command("copy", help="Copy a recipe that comes with tdro.")
+def recipe_copy(
+    name: Annotated[str, typer.Argument(help="see `tdro recipe list`")],
+    to: Annotated[Path, typer.Argument(help="the new file")] = DEFAULT_RECIPE,
+    debug: Debug = False,
+) -> None:
+    from tdro_cli import recipe as recipes
+
+    recipes.copy_shipped(name, to)
+    print(f"wrote {to}")
+
+
+# ---- plugins ----
+
+
+@plugins_app.callback()
+def plugins(context: typer.Context, as_json: Json = False, debug: Debug = False) -> None:
+    if context.invoked_subcommand is None:
+        plugins_list(as_json=as_json)
+
+
+@plugins_app.command("list", help="List plugins with their distribution and options.")
+def plugins_list(as_json: Json = False, debug: Debug = False) -> None:
+    from tdro_cli import registry
+    from tdro_cli.report import tables
+
+    listed = registry.listing()
+    _tell(listed, Manner(as_json, False), lambda: tables.print_plugins(listed))
+
+
+@plugins_app.command("check", help="Run the conformance checks on a plugin.")
+def plugins_check(
+    kind: Annotated[str, typer.Argument(help="for instance loss_measurements")],
+    name: Annotated[str, typer.Argument(help="the plugin's name")],
+    options: Annotated[str, typer.Option("--options", help="its options, as JSON")] = "{}",
+    debug: Debug = False,
+) -> None:
+    from tdro_cli import registry, testing
+
+    try:
+        given = json.loads(options)
+    except json.JSONDecodeError as error:
+        raise TdroError(
+            f"--options is not JSON: {error}", remedy="""for instance --options '{"percent": 70}'"""
+        ) from None
+    if kind not in registry.KINDS:
+        raise TdroError(f"no plugin kind {kind!r}", remedy=f"one of {', '.join(registry.KINDS)}")
+    plugin = registry.resolve(kind, name, given)
+    check = getattr(testing, f"check_{registry.singular(kind).replace(' ', '_')}")
+    try:
+        check(plugin)
+    except AssertionError as error:
+        raise TdroError(
+            f"{registry.singular(kind)} {name!r} breaks its contract: {error}", remedy="see docs/plugins.md"
+        ) from error
+    print(f"{registry.singular(kind)} {name!r} keeps its contract")
+
+
+def main() -> None:
+    """Runs the command; faults become one clear text and an exit code."""
+    debug, as_json = "--debug" in sys.argv, "--json" in sys.argv
+    try:
+        app()
+    except TdroError as error:
+        if debug:
+            raise
+        _report(error, as_json)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+    except Exception as error:
+        if debug:
+            raise
+        print(
+            f"error: {type(error).__name__}: {error}\n  this is a fault of tdro: run again with --debug",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+def _report(error: TdroError, as_json: bool) -> None:
+    faults = error.errors if isinstance(error, Problems) else [error]
+    if as_json:
+        print(json.dumps({"errors": error.problems()}, ensure_ascii=False, indent=1))
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    if len(faults) > 1:
+        print(f"{len(faults)} errors", file=sys.stderr)

@@ -1,0 +1,229 @@
+"""Which rows make up the batch of step t: a pure function of the plan and t, whatever the ranks and workers.
+
+B queries of a global batch, G tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+_GOLDEN = 0.6180339887498949  # the additive sequence of lowest discrepancy
+_ROUNDS = 8  # of the Feistel network
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """All that decides the batches of a run.
+
+    `sizes`: rows of each task. `probabilities`: of each task, summing to 1. `composition` and `draws` as in the recipe:
+    homogeneous (a global batch from one task) or mixed (a task per query); stratified or independent.
+    Raises ValueError for a task without rows that has a probability.
+    """
+
+    seed: int
+    queries: int
+    sizes: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    composition: Literal["homogeneous", "mixed"] = "homogeneous"
+    draws: Literal["stratified", "independent"] = "stratified"
+
+    def __post_init__(self):
+        if len(self.sizes) != len(self.probabilities) or not self.sizes:
+            raise ValueError(f"{len(self.sizes)} sizes for {len(self.probabilities)} probabilities")
+        if self.queries < 1 or min(self.probabilities) < 0 or abs(sum(self.probabilities) - 1) > 1e-6:
+            raise ValueError("a batch needs queries >= 1 and probabilities >= 0 that sum to 1")
+        for task, (size, probability) in enumerate(zip(self.sizes, self.probabilities, strict=True)):
+            if size < 1 and probability > 0:
+                raise ValueError(f"task {task} has no rows but the probability {probability}")
+
+    @property
+    def uniform(self) -> bool:
+        return max(self.probabilities) - min(self.probabilities) < 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The queries of one global batch: task and row of each, and how often that row was used before. All [B] int64."""
+
+    task_B: np.ndarray
+    row_B: np.ndarray
+    visit_B: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.task_B)
+
+    def shard(self, rank: int, world: int) -> slice:
+        """The contiguous part of the batch that a rank computes; parts differ by one query at most."""
+        bounds = [len(self) * r // world for r in range(world + 1)]
+        return slice(bounds[rank], bounds[rank + 1])
+
+
+def batch_at(plan: BatchPlan, step: int) -> Batch:
+    """The global batch of `step` (from 0).
+
+    Rows come without replacement inside an epoch of their task, in another order every epoch.
+    """
+    return assemble(plan, step, task_counts(plan, step), drawn_before(plan, step))
+
+
+def assemble(plan: BatchPlan, step: int, count_G: np.ndarray, before_G: np.ndarray) -> Batch:
+    """The batch of `step` with `count_G` queries of each task, which gave `before_G` queries in the steps before.
+
+    For what draws by changing probabilities; else `batch_at` knows both.
+    """
+    task_B = np.repeat(np.arange(len(plan.sizes)), count_G)
+    draw_B = np.concatenate([np.arange(before, before + n) for before, n in zip(before_G, count_G, strict=True) if n])
+    size_B = np.asarray(plan.sizes, dtype=np.int64)[task_B]
+    visit_B = draw_B // size_B
+    row_B = np.empty(len(task_B), dtype=np.int64)
+    for task, visit in np.unique(np.stack([task_B, visit_B], 1), axis=0):
+        chosen = (task_B == task) & (visit_B == visit)
+        key = _mix(plan.seed, 1, task, visit)
+        row_B[chosen] = permuted(draw_B[chosen] % plan.sizes[task], plan.sizes[task], key)
+    order = _random(plan.seed, 2, step).permutation(len(task_B))  # tasks spread over the ranks
+    return Batch(task_B[order], row_B[order], visit_B[order])
+
+
+def task_counts(plan: BatchPlan, step: int) -> np.ndarray:
+    """Queries of each task in the batch of `step`: [G] int64, summing to B."""
+    if plan.composition == "homogeneous":
+        count_G = np.zeros(len(plan.sizes), dtype=np.int64)
+        count_G[task_schedule(plan, step + 1)[step]] = plan.queries
+        return count_G
+    if plan.draws == "independent":
+        return drawn_counts(plan, step, plan.probabilities)
+    tasks = len(plan.sizes)
+    if plan.uniform:  # in whole numbers: equal counts, and the remainder goes round
+        edge = plan.queries * (np.arange(tasks + 1) + step % tasks) // tasks
+    else:  # systematic sampling: every count is the expected one, rounded down or up
+        share = np.cumsum([0.0, *_exact(plan.probabilities)]) * plan.queries
+        edge = np.floor(np.round(share + step * _GOLDEN % 1.0, 9)).astype(np.int64)
+    return np.diff(edge)
+
+
+def drawn_counts(plan: BatchPlan, step: int, probabilities: Sequence[float]) -> np.ndarray:
+    """Queries of each task in an independent draw with these probabilities: [G] int64."""
+    return _random(plan.seed, 3, step).multinomial(plan.queries, _exact(probabilities))
+
+
+def task_schedule(plan: BatchPlan, steps: int) -> np.ndarray:
+    """The task of each of the first `steps` homogeneous batches: [steps] int64.
+
+    Stratified: after every step each task has had its share of the steps to within one (Tijdeman, The chairman
+    assignment problem, 1980). Tasks of one deadline are taken in a seeded order.
+    """
+    length = 1 << max(steps - 1, 1).bit_length()  # grows by doubling, so that asking step by step stays cheap
+    return _schedule(plan, length)[:steps]
+
+
+@lru_cache(maxsize=8)
+def _schedule(plan: BatchPlan, steps: int) -> np.ndarray:
+    probability_G = _exact(plan.probabilities)
+    if plan.draws == "independent":
+        return np.array(
+            [_random(plan.seed, 4, step).choice(len(probability_G), p=probability_G) for step in range(steps)]
+        )
+    tasks = np.flatnonzero(probability_G > 0)
+    tasks = tasks[_random(plan.seed, 5, 0).permutation(len(tasks))]
+    share = probability_G[tasks]
+    if len(tasks) == 1:
+        return np.full(steps, tasks[0])
+    slack = 1.0 / (2 * len(tasks) - 2)
+    had = np.zeros(len(tasks))
+    chosen = np.empty(steps, dtype=np.int64)
+    for step in range(steps):
+        owed = share * (step + 1) - had
+        deadline = np.where(owed >= slack - 1e-12, (1.0 - slack - owed) / share, np.inf)
+        pick = int(np.argmin(deadline))
+        had[pick] += 1
+        chosen[step] = pick
+    return tasks[chosen]
+
+
+def drawn_before(plan: BatchPlan, step: int) -> np.ndarray:
+    """Queries that each task gave in all steps before `step`: [G] int64."""
+    if plan.composition == "homogeneous":
+        schedule = task_schedule(plan, step) if step else np.empty(0, dtype=np.int64)
+        return np.bincount(schedule, minlength=len(plan.sizes)) * plan.queries
+    if plan.draws == "stratified" and plan.uniform:
+        tasks = len(plan.sizes)
+        rounds, rest = divmod(step, tasks)
+        tail = sum((task_counts(plan, s) for s in range(rest)), np.zeros(tasks, dtype=np.int64))
+        return np.full(tasks, rounds * plan.queries) + tail
+    block = step // 64 * 64
+    return _sum_of_blocks(plan, block) + sum(
+        (task_counts(plan, s) for s in range(block, step)), np.zeros(len(plan.sizes), dtype=np.int64)
+    )
+
+
+@lru_cache(maxsize=64)
+def _sum_of_blocks(plan: BatchPlan, step: int) -> np.ndarray:
+    total = np.zeros(len(plan.sizes), dtype=np.int64)
+    for s in range(step):
+        total += task_counts(plan, s)
+    return total
+
+
+def choose_passages(
+    plan: BatchPlan, task: int, row: int, visit: int, *, positives: int, negatives: int, wanted: int
+) -> tuple[int, np.ndarray]:
+    """Which positive and which hard negatives a row uses at its visit: an index, and at most `wanted` indices.
+
+    Both are cycled in a seeded order, so that every one is used before any is used again. Fewer negatives than wanted
+    are not repeated.
+    """
+    key = _mix(plan.seed, 6, task, row)
+    positive = int((key + visit) % positives)
+    if negatives <= wanted:
+        return positive, np.arange(negatives)
+    place = (visit * wanted + np.arange(wanted)) % negatives
+    return positive, permuted(place, negatives, _mix(key, 7))
+
+
+def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    """The images of `index` under a keyed permutation of 0..size-1, without holding the permutation in memory.
+
+    A Feistel network over the next even power of two, walked until it falls inside.
+    """
+    half = max((size - 1).bit_length() + 1 >> 1, 1)
+    mask = np.uint64((1 << half) - 1)
+    value = np.asarray(index, dtype=np.uint64)
+    outside = np.ones(value.shape, dtype=bool)
+    while outside.any():
+        left, right = value[outside] >> np.uint64(half), value[outside] & mask
+        for number in range(_ROUNDS):
+            left, right = right, left ^ (_hash(right + np.uint64(_mix(key, number))) & mask)
+        value[outside] = left << np.uint64(half) | right
+        outside = value >= np.uint64(size)
+    return value.astype(np.int64)
+
+
+def _hash(value: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64 (Steele et al., 2014)."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def _mix(*words: int) -> int:
+    """One 63-bit key from several numbers."""
+    with np.errstate(over="ignore"):
+        key = np.uint64(0x9E3779B97F4A7C15)
+        for word in words:
+            key = _hash(np.array([key + np.uint64(int(word) & (2**64 - 1)) * np.uint64(0x9E3779B97F4A7C15)]))[0]
+    return int(key) >> 1
+
+
+def _random(seed: int, stream: int, step: int) -> np.random.Generator:
+    """Independent random numbers for every (seed, stream, step)."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, step]))
+
+
+def _exact(probabilities: Sequence[float]) -> np.ndarray:
+    values = np.asarray(probabilities, dtype=np.float64)
+    return values / values.sum()

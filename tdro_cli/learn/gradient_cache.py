@@ -1,0 +1,119 @@
+"""Training on batches of any size with bounded memory: arXiv:2101.06983 (Gao et al.), around DeepSpeed's engine.
+
+Embeddings first, then the loss and its gradient at the embeddings, then each chunk once more, with its share of that
+gradient. A batch whose activations fit is not forwarded twice. N texts, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdro_cli.model.packing import pad_batch, token_budget_batches
+from tdro_cli.run.engine import Engine
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens, padding included: at once through the model, and whose activations may be kept at once."""
+
+    micro_batch_tokens: int
+    activation_tokens: int
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """Embeddings [N, D] in the order of the texts, and what the backward pass needs.
+
+    `kept`: the chunks' embeddings with their graphs, None where they are to be computed again.
+    `tokens` and `computed`: real ones, and with padding; forwards only.
+    """
+
+    embedding_ND: Tensor
+    chunks: list[np.ndarray]
+    token_lists: Sequence[Sequence[int]]
+    pad_id: int
+    kept: list[Tensor] | None
+    random_states: list[dict[str, Tensor]]
+    tokens: int
+    computed: int
+
+
+def forward(engine: Engine, token_lists: Sequence[Sequence[int]], *, pad_id: int, budget: Budget) -> ForwardPass:
+    """Embeds the texts of this rank: [N, D] float32, without a graph to the outside."""
+    world = engine.world
+    lengths = [len(tokens) for tokens in token_lists]
+    chunks = token_budget_batches(lengths, budget.micro_batch_tokens)
+    # every rank runs as many chunks: ZeRO 2 and 3 communicate in each
+    chunks += [np.empty(0, dtype=np.int64)] * (world.most(len(chunks)) - len(chunks))
+    computed = sum(len(chunk) * lengths[chunk[0]] for chunk in chunks if len(chunk))
+    # under ZeRO 3 a graph must not outlive the next forward: its parameters are scattered again
+    keep = world.most(computed) <= budget.activation_tokens and engine.zero_stage < 3
+    parts, random_states = [], []
+    with torch.set_grad_enabled(keep):
+        for chunk in chunks:
+            random_states.append({} if keep else _random_state(world.device))
+            parts.append(_embed(engine, token_lists, chunk, pad_id))
+    joined = torch.cat([part[: len(chunk)] for part, chunk in zip(parts, chunks, strict=True)])
+    place_N = torch.from_numpy(np.argsort(np.concatenate(chunks))).to(joined.device)
+    return ForwardPass(
+        embedding_ND=joined.detach().index_select(0, place_N),
+        chunks=chunks,
+        token_lists=token_lists,
+        pad_id=pad_id,
+        kept=parts if keep else None,
+        random_states=random_states,
+        tokens=sum(lengths),
+        computed=computed,
+    )
+
+
+def backward(engine: Engine, passed: ForwardPass, gradient_ND: Tensor, *, last: bool = True) -> None:
+    """Carries the gradient of the loss at the embeddings on into the model; with `last`, a step may follow.
+
+    Dropout does again what it did in `forward`.
+    """
+    if passed.kept is not None:
+        engine.backward(
+            sum(_surrogate(part, gradient_ND, chunk) for part, chunk in zip(passed.kept, passed.chunks, strict=True)),
+            last=last,
+        )
+        return
+    device = engine.world.device
+    after = _random_state(device)
+    for number, (chunk, random_state) in enumerate(zip(passed.chunks, passed.random_states, strict=True)):
+        _set_random_state(random_state, device)
+        part = _embed(engine, passed.token_lists, chunk, passed.pad_id)
+        engine.backward(_surrogate(part, gradient_ND, chunk), last=last and number == len(passed.chunks) - 1)
+    _set_random_state(after, device)
+
+
+def _embed(engine: Engine, token_lists: Sequence[Sequence[int]], chunk: np.ndarray, pad_id: int) -> Tensor:
+    """The chunk's embeddings; of one padding token where the chunk is empty."""
+    ids_NT, mask_NT = pad_batch([token_lists[i] for i in chunk] if len(chunk) else [[pad_id]], pad_id)
+    device = engine.world.device
+    return engine(ids_NT.to(device, non_blocking=True), mask_NT.to(device, non_blocking=True))
+
+
+def _surrogate(part_ND: Tensor, gradient_ND: Tensor, chunk: np.ndarray) -> Tensor:
+    """A scalar whose gradient at the chunk's embeddings is the cached one."""
+    if not len(chunk):
+        return part_ND.sum() * 0.0
+    return (part_ND * gradient_ND[torch.from_numpy(chunk).to(gradient_ND.device)]).sum()
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,97 @@
+"""Reference losses on disk: a function of the reference model and the texts, so none is computed twice.
+
+One SQLite file a reference model. Safe to delete, shared by concurrent runs, bounded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import zlib
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+MAX_ROWS = 20_000_000  # about 1.2 GB
+
+
+def loss_key(query: Sequence[int], passages: Iterable[Sequence[int]]) -> bytes:
+    """16 bytes that name a query with its ordered passages, by their token ids."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tokens in (query, *passages):
+        digest.update(len(tokens).to_bytes(4, "little"))
+        digest.update(array("i", tokens).tobytes())
+    return digest.digest()
+
+
+class ReferenceCache:
+    """Losses in nats, float32, by `loss_key`. A damaged entry is as good as none; a damaged file is begun anew."""
+
+    def __init__(self, path: Path, *, max_rows: int = MAX_ROWS):
+        self.path, self.max_rows = path, max_rows
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._database = self._open()
+        except sqlite3.DatabaseError:
+            path.unlink(missing_ok=True)
+            self._database = self._open()
+
+    def _open(self) -> sqlite3.Connection:
+        # used by one thread at a time, but not always by the one that made it
+        database = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=NORMAL")
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS losses (key BLOB PRIMARY KEY, loss REAL, checksum INTEGER) WITHOUT ROWID"
+        )
+        return database
+
+    def look_up(self, keys: Sequence[bytes]) -> np.ndarray:
+        """The losses of `keys`: [B] float32, NaN where there is none."""
+        found = np.full(len(keys), np.nan, dtype=np.float32)
+        places: dict[bytes, list[int]] = {}
+        for place, key in enumerate(keys):
+            places.setdefault(key, []).append(place)
+        distinct = list(places)
+        try:
+            for start in range(0, len(distinct), 500):
+                part = distinct[start : start + 500]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT key, loss, checksum FROM losses WHERE key IN ({marks})"
+                for key, loss, checksum in self._database.execute(query, part):
+                    if checksum == _checksum(key, loss):
+                        found[places[key]] = loss
+        except sqlite3.DatabaseError:
+            return np.full(len(keys), np.nan, dtype=np.float32)
+        return found
+
+    def store(self, keys: Sequence[bytes], losses: np.ndarray) -> None:
+        """Adds losses; one that is there already stays."""
+        rows = [(key, float(loss), _checksum(key, float(loss))) for key, loss in zip(keys, losses, strict=True)]
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany("INSERT OR IGNORE INTO losses VALUES (?, ?, ?)", rows)
+            self._database.execute("COMMIT")
+        except sqlite3.DatabaseError:  # a full disk or a damaged file: the losses are only computed again
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+
+    def __len__(self) -> int:
+        return self._database.execute("SELECT count(*) FROM losses").fetchone()[0]
+
+    def close(self) -> None:
+        """Keeps the file within `max_rows`: beyond it, a tenth more than the excess goes."""
+        try:
+            excess = len(self) - self.max_rows
+            if excess > 0:
+                doomed = excess + self.max_rows // 10
+                self._database.execute("DELETE FROM losses WHERE key IN (SELECT key FROM losses LIMIT ?)", (doomed,))
+        except sqlite3.DatabaseError:
+            pass  # nothing of value is lost
+        self._database.close()
+
+
+def _checksum(key: bytes, loss: float) -> int:
+    return zlib.crc32(key + np.float64(loss).tobytes())

@@ -1,0 +1,383 @@
+"""train-ref and finetune: contrastive training on homogeneous batches, tasks in given shares.
+
+B queries and M passages of the global batch, D embedding size.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tdro_cli import artifacts, registry
+from tdro_cli.data.batching import BatchPlan, batch_at
+from tdro_cli.data.collation import NO_TEXT, TokenBatch, TrainingTask, collate
+from tdro_cli.data.tokenization import TextTokenizer
+from tdro_cli.errors import RunFailed, TdroError
+from tdro_cli.learn.contrastive import candidate_mask, infonce
+from tdro_cli.learn.gradient_cache import Budget, backward, forward
+from tdro_cli.learn.schedules import learning_rate
+from tdro_cli.model.encoder import EncoderContract, TextEncoder, add_lora, check_lengths
+from tdro_cli.recipe import Checkpoint, Optimizer, Recipe, Schedule, Training
+from tdro_cli.run.distributed import World
+from tdro_cli.run.engine import Engine, keep_newest, newest_checkpoint, seed_everything
+from tdro_cli.run.plan import Plan, open_tasks
+from tdro_cli.run.progress import Progress
+
+# ---- what both trainers start from ----
+
+
+def encoder_contract(recipe: Recipe) -> EncoderContract:
+    section = recipe.encoder
+    return EncoderContract(
+        pooling=section.pooling,
+        normalize=section.normalize,
+        query_length=section.query_length,
+        passage_length=section.passage_length,
+        temperature=section.temperature,
+        prompts={task.name: task.prompt for task in recipe.tasks if task.prompt},
+    )
+
+
+def load_encoder(recipe: Recipe, source: str, *, lora: bool = True) -> tuple[TextEncoder, TextTokenizer]:
+    """The recipe's backbone from `source`, ready to be trained."""
+    section = recipe.backbone
+    backbone = registry.resolve("backbones", section.name, section.options, where="backbone")
+    loaded = backbone.load(source, dtype=section.dtype, attention=section.attention)
+    contract = encoder_contract(recipe)
+    check_lengths(loaded.model, contract, where="encoder")
+    if section.activation_checkpointing:
+        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model: nn.Module = loaded.model
+    if lora and recipe.lora:
+        model = add_lora(
+            loaded,
+            r=recipe.lora.r,
+            alpha=recipe.lora.alpha,
+            dropout=recipe.lora.dropout,
+            targets=recipe.lora.target_modules,
+        )
+    encoder = TextEncoder(model, pooling=contract.pooling, normalize=contract.normalize, autocast=section.dtype)
+    return encoder, TextTokenizer(loaded.tokenizer, contract)
+
+
+def backbone_source(plan: Plan) -> str:
+    """The folder that the backbone stage made, or what the recipe names."""
+    if "backbone" in plan.inputs:
+        return str(plan.input("backbone") / "model")
+    source = plan.settings().backbone.source
+    if source is None:
+        raise TdroError(
+            "the backbone has no source",
+            where="backbone.source",
+            remedy="name a model folder or a Hugging Face name; the backbone `scratch` needs none",
+        )
+    return source
+
+
+def training_tasks(plan: Plan, rows: str) -> list[TrainingTask]:
+    """The tasks with the rows `all`, `held_in` or `held_out`. Raises TdroError for a task left without any."""
+    recipe = plan.settings()
+    stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
+    fraction = recipe.train_ref.hold_out
+    tasks = []
+    for task in recipe.tasks:
+        store = stores[task.name]
+        if rows == "all" or fraction == 0:
+            chosen = np.arange(len(store))
+        else:
+            chosen = store.held_in_rows(fraction) if rows == "held_in" else store.held_out_rows(fraction)
+        if not len(chosen):
+            raise TdroError(
+                f"task {task.name!r} has no rows {rows.replace('_', ' ')}: it has {len(store)} in all",
+                where="train_ref.hold_out",
+                remedy="hold out another share, or set learn_weights.rows to all",
+            )
+        tasks.append(TrainingTask(task.name, store, chosen, task.prompt, task.symmetric, task.in_batch_negatives))
+    return tasks
+
+
+def token_batches(
+    plan: BatchPlan,
+    tasks: Sequence[TrainingTask],
+    tokenizer: TextTokenizer,
+    world: World,
+    steps: range,
+    *,
+    hard_negatives: int,
+) -> Iterator[TokenBatch]:
+    """This rank's part of each step's batch, read and tokenized one step ahead."""
+
+    def make(step: int) -> TokenBatch:
+        batch = batch_at(plan, step)
+        part = batch.shard(world.rank, world.size)
+        return collate(plan, batch, part, tasks, tokenizer, hard_negatives=hard_negatives)
+
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(make, steps.start) if steps else None
+        for step in steps:
+            batch = coming.result()
+            coming = ahead.submit(make, step + 1) if step + 1 < steps.stop else None
+            yield batch
+
+
+# ---- the run: metrics, checkpoints, resuming ----
+
+
+@dataclass(eq=False)
+class Run:
+    """What a training loop shares with every other: where it is, its log and its checkpoints."""
+
+    plan: Plan
+    world: World
+    engine: Engine
+    steps: int
+    optimizer: Optimizer
+    schedule: Schedule
+    checkpoint: Checkpoint
+    progress: Progress
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.plan.folder) / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        return Path(self.plan.folder) / "metrics.jsonl"
+
+    def resume(self) -> tuple[int, dict[str, Any] | None]:
+        """The step to go on from, and the state saved with it; (0, None) at the start."""
+        newest = newest_checkpoint(self.checkpoints)
+        if newest is None:
+            self._trim_metrics(0)
+            return 0, None
+        state = self.engine.load(newest)
+        step = state.pop("step")
+        self._trim_metrics(step)
+        if self.world.leads:
+            self.progress.note(f"  resuming from step {step}")
+        return step, state
+
+    def learning_rate(self, step: int) -> float:
+        warmup = self.schedule.warmup_steps
+        return learning_rate(
+            step,
+            peak=self.optimizer.learning_rate,
+            steps=self.steps,
+            warmup_steps=min(self.steps // 10 if warmup is None else warmup, self.steps),
+            min_ratio=self.schedule.min_ratio,
+            name=self.schedule.name,
+        )
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """One object a step; numbers that are not finite become null."""
+        if self.world.leads:
+            with open(self.metrics_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(metrics), ensure_ascii=False) + "\n")
+
+    def save(self, done: int, state: Mapping[str, Any]) -> None:
+        """A checkpoint after `done` steps, where one is due."""
+        if done % self.checkpoint.every_steps == 0 and done < self.steps:
+            self.engine.save(self.checkpoints / f"step-{done:06d}", {"step": done, **state})
+            if self.world.leads:
+                keep_newest(self.checkpoints, self.checkpoint.keep_last)
+
+    def _trim_metrics(self, steps: int) -> None:
+        """Drops the lines of steps that will be run again."""
+        if self.world.leads and self.metrics_file.exists():
+            kept = [line for line in read_metrics(self.metrics_file) if line["step"] < steps]
+            artifacts.write_text(
+                self.metrics_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+            )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The metrics of the steps so far; a line cut short by a kill ends them."""
+    lines = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+# ---- contrastive training ----
+
+
+def train(
+    plan: Plan,
+    world: World,
+    progress: Progress,
+    *,
+    section: Training,
+    rows: str,
+    probabilities: Mapping[str, float],
+    loss_weights: Mapping[str, float],
+    publish: Callable[[Engine, TextTokenizer, dict[str, Any]], None],
+) -> None:
+    """Trains the recipe's backbone; `publish` is given the engine, the tokenizer and what was done.
+
+    `probabilities`: of each task that is used. `loss_weights`: factors of tasks' losses; 1 where absent.
+    """
+    recipe = plan.settings()
+    seed_everything(recipe.seed, world.rank)
+    tasks = [task for task in training_tasks(plan, rows) if probabilities.get(task.name, 0) > 0]
+    encoder, tokenizer = load_encoder(recipe, backbone_source(plan))
+    engine = Engine(encoder, section.optimizer, recipe.deepspeed, world)
+    engine.train()
+    batches = BatchPlan(
+        seed=recipe.seed,
+        queries=section.batch.queries,
+        sizes=tuple(len(task.rows) for task in tasks),
+        probabilities=tuple(probabilities[task.name] for task in tasks),
+        composition=section.batch.composition,
+        draws=section.batch.draws,
+    )
+    budget = Budget(recipe.encoder.micro_batch_tokens, recipe.encoder.activation_tokens)
+    factor_G = torch.tensor([loss_weights.get(task.name, 1.0) for task in tasks], device=world.device)
+    run = Run(plan, world, engine, section.steps, section.optimizer, section.schedule, section.checkpoint, progress)
+    start, state = run.resume()
+    seen_G = np.zeros(len(tasks), dtype=np.int64) if state is None else state["seen"].numpy()
+    tokens = 0 if state is None else state["tokens"]
+    began = time.monotonic()
+    arriving = token_batches(
+        batches,
+        tasks,
+        tokenizer,
+        world,
+        range(start, section.steps),
+        hard_negatives=section.batch.passages_per_query - 1,
+    )
+    with progress.start(plan.stage, section.steps, "steps") as bar:
+        bar.advance(start)
+        for step, batch in zip(range(start, section.steps), arriving, strict=True):
+            step_began = time.monotonic()
+            query_pass = forward(engine, batch.queries + batch.passages, pad_id=tokenizer.pad_id, budget=budget)
+            count = len(batch.queries)
+            shared = gather_batch(world, batch)
+            query_BD = world.gather(query_pass.embedding_ND[:count]).requires_grad_()
+            passage_MD = world.gather(query_pass.embedding_ND[count:]).requires_grad_()
+            mask_BM = shared.mask(tasks, cross_device=section.cross_device_negatives)
+            loss_B = infonce(query_BD, passage_MD, shared.first_B, recipe.encoder.temperature, mask_BM)
+            loss = (loss_B * factor_G[shared.task_B]).mean()
+            gradient_BD, gradient_MD = torch.autograd.grad(loss, (query_BD, passage_MD))
+            own = torch.cat([gradient_BD[shared.own_queries], gradient_MD[shared.own_passages]])
+            backward(engine, query_pass, own)
+            rate = run.learning_rate(step)
+            norm = engine.step(rate)
+            loss_by_task, count_G = _task_means(loss_B.detach(), shared.task_B, len(tasks))
+            if not np.isfinite(loss_by_task).all():
+                raise RunFailed(
+                    f"the loss is not finite at step {step}",
+                    where=str(run.metrics_file),
+                    remedy="lower the learning rate, raise the temperature, or use float32",
+                )
+            seen_G += count_G
+            tokens += query_pass.tokens
+            mean = float((loss_by_task * count_G).sum() / count_G.sum())
+            run.log(
+                {
+                    "step": step,
+                    "loss": mean,
+                    "learning_rate": rate,
+                    "gradient_norm": norm,
+                    "tokens_per_second": query_pass.tokens * world.size / (time.monotonic() - step_began),
+                    "padding_share": 1 - query_pass.tokens / max(query_pass.computed, 1),
+                    "tasks": {
+                        task.name: {"count": int(n), "loss": float(value)}
+                        for task, n, value in zip(tasks, count_G, loss_by_task, strict=True)
+                        if n
+                    },
+                }
+            )
+            run.save(step + 1, {"seen": torch.from_numpy(seen_G), "tokens": tokens})
+            bar.advance(1, loss=mean)
+    seconds = time.monotonic() - began
+    done = {
+        "steps": section.steps,
+        "queries_seen": {task.name: int(n) for task, n in zip(tasks, seen_G, strict=True)},
+        "rows": {task.name: len(task.rows) for task in tasks},
+        "epochs": {task.name: float(n / len(task.rows)) for task, n in zip(tasks, seen_G, strict=True)},
+        "tokens": tokens,
+        "seconds": seconds,
+    }
+    publish(engine, tokenizer, done)
+
+
+@dataclass(eq=False)
+class SharedBatch:
+    """The global batch as every rank sees it, in rank order; `own_*`: where this rank's part stands."""
+
+    task_B: Tensor
+    first_B: Tensor
+    row_M: Tensor
+    rank_M: Tensor
+    rank_B: Tensor
+    query_id_B: Tensor
+    passage_id_M: Tensor
+    positive_ids_BP: Tensor
+    own_queries: slice
+    own_passages: slice
+
+    def mask(self, tasks: Sequence[TrainingTask], *, cross_device: bool) -> Tensor:
+        """The candidates that each query meets as negatives: [B, M]."""
+        mask_BM = candidate_mask(self.query_id_B, self.positive_ids_BP, self.passage_id_M, self.row_M)
+        own_BM = self.row_M == torch.arange(len(self.task_B), device=self.row_M.device)[:, None]
+        in_batch_G = torch.tensor([task.in_batch_negatives for task in tasks], device=self.row_M.device)
+        mask_BM &= own_BM | in_batch_G[self.task_B][:, None]
+        if not cross_device:
+            mask_BM &= self.rank_M == self.rank_B[:, None]
+        return mask_BM
+
+
+def gather_batch(world: World, batch: TokenBatch) -> SharedBatch:
+    """Tells every rank what the others hold beside the embeddings."""
+    device = world.device
+
+    def gathered(values: np.ndarray) -> Tensor:
+        return world.gather(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device))
+
+    queries, passages = len(batch.queries), len(batch.passages)
+    rank_B, rank_M = gathered(np.full(queries, world.rank)), gathered(np.full(passages, world.rank))
+    count_B = gathered(batch.count_B)
+    width = world.most(batch.positive_ids_BP.shape[1])
+    positive_ids = np.full((queries, width), NO_TEXT, dtype=np.int64)
+    positive_ids[:, : batch.positive_ids_BP.shape[1]] = batch.positive_ids_BP
+    first_own, first_passage = int((rank_B < world.rank).sum()), int((rank_M < world.rank).sum())
+    return SharedBatch(
+        task_B=gathered(batch.task_B),
+        first_B=count_B.cumsum(0) - count_B,
+        row_M=torch.repeat_interleave(torch.arange(len(count_B), device=device), count_B),
+        rank_M=rank_M,
+        rank_B=rank_B,
+        query_id_B=gathered(batch.query_id_B),
+        passage_id_M=gathered(batch.passage_id_M),
+        positive_ids_BP=gathered(positive_ids),
+        own_queries=slice(first_own, first_own + queries),
+        own_passages=slice(first_passage, first_passage + passages),
+    )
+
+
+def _task_means(loss_B: Tensor, task_B: Tensor, num_tasks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean loss and count of each task: [G] each; 0 for an absent one."""
+    loss, task = loss_B.double().cpu().numpy(), task_B.cpu().numpy()
+    count_G = np.bincount(task, minlength=num_tasks)
+    return np.bincount(task, weights=loss, minlength=num_tasks) / np.maximum(count_G, 1), count_G

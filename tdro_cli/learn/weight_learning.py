@@ -1,0 +1,442 @@
+"""learn-weights: the proxy trains, the reference stands still, the task weights follow the loss measurement.
+
+B queries of the global batch, b of a micro-batch, N passages per query, D embedding size, G tasks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdro_cli import artifacts, registry
+from tdro_cli.data.batching import Batch, BatchPlan, assemble, drawn_counts
+from tdro_cli.data.collation import TokenBatch, TrainingTask, collate
+from tdro_cli.data.tokenization import TextTokenizer
+from tdro_cli.errors import RunFailed
+from tdro_cli.learn.contrastive import per_query_infonce
+from tdro_cli.learn.dro import (
+    WeightState,
+    effective_tasks,
+    learned_weights,
+    query_weights,
+    squared_norm_share,
+    standard_error,
+    start_weights,
+    update_weights,
+)
+from tdro_cli.learn.reference_cache import ReferenceCache, loss_key
+from tdro_cli.learn.training import Run, backbone_source, load_encoder, token_batches, training_tasks
+from tdro_cli.model.encoder import TextEncoder
+from tdro_cli.model.packing import encode_token_lists
+from tdro_cli.protocols import TaskLosses
+from tdro_cli.recipe import Recipe
+from tdro_cli.run.distributed import World
+from tdro_cli.run.engine import Engine, seed_everything
+from tdro_cli.run.plan import Plan
+from tdro_cli.run.progress import Progress
+
+
+@dataclass(eq=False)
+class QueryLosses:
+    """Losses [b] of some of a batch's queries (`rows`), tokens with and without padding."""
+
+    rows: np.ndarray
+    loss_B: Tensor
+    tokens: int
+    computed: int
+
+
+def micro_batches(batch: TokenBatch, activation_tokens: int) -> list[np.ndarray]:
+    """Queries with their passages, longest first, cut so that the activations of each part fit."""
+    length_M = np.array([len(tokens) for tokens in batch.passages])
+    cost_B = np.array([len(tokens) for tokens in batch.queries]) + np.add.reduceat(length_M, batch.first_B)
+    parts, part, cost = [], [], 0
+    for query in np.argsort(-cost_B, kind="stable"):
+        if part and cost + cost_B[query] > activation_tokens:
+            parts.append(np.array(part))
+            part, cost = [], 0
+        part.append(query)
+        cost += cost_B[query]
+    return [*parts, np.array(part)] if part else parts
+
+
+def query_losses(
+    model: Any,
+    batch: TokenBatch,
+    rows: np.ndarray,
+    *,
+    pad_id: int,
+    temperature: float,
+    tokens_at_once: int,
+    device: Any,
+) -> QueryLosses:
+    """InfoNCE of the queries `rows` over their own passages; with a graph where gradients are enabled."""
+    spans = [range(batch.first_B[row], batch.first_B[row] + batch.count_B[row]) for row in rows]
+    texts = [batch.queries[row] for row in rows] + [batch.passages[i] for span in spans for i in span]
+    packed = encode_token_lists(model, texts, pad_id=pad_id, budget=tokens_at_once, device=device)
+    most = max(len(span) for span in spans)
+    place_bN = np.zeros((len(rows), most), dtype=np.int64)
+    mask_bN = np.zeros((len(rows), most), dtype=bool)
+    after = len(rows)
+    for number, span in enumerate(spans):
+        place_bN[number, : len(span)] = np.arange(after, after + len(span))
+        mask_bN[number, : len(span)] = True
+        after += len(span)
+    passage_bND = packed.embedding_ND[torch.from_numpy(place_bN).to(packed.embedding_ND.device)]
+    mask = torch.from_numpy(mask_bN).to(packed.embedding_ND.device)
+    loss_B = per_query_infonce(packed.embedding_ND[: len(rows)], passage_bND, temperature, mask_BN=mask)
+    return QueryLosses(rows, loss_B, packed.tokens, packed.tokens + packed.padded_tokens)
+
+
+class Reference:
+    """The frozen reference model: losses out of the cache where they are, else computed and kept."""
+
+    def __init__(self, plan: Plan, recipe: Recipe, pad_id: int, world: World):
+        self.recipe, self.pad_id, self.world = recipe, pad_id, world
+        self.forwards = 0  # queries computed
+        self.hits = 0
+        model = plan.input("train-ref") / "model"
+        identity = {
+            "model": artifacts.manifest_of(model.parent)["files"],
+            "encoder": recipe.encoder.numbers(),
+            "device": world.device.type,
+        }
+        identity["dtype"] = recipe.backbone.dtype
+        self.cache = ReferenceCache(Path(plan.cache) / "reference" / f"{artifacts.digest_of(identity)[:24]}.sqlite")
+        self._source = model
+        self._encoder: TextEncoder | None = None
+
+    def losses(self, batch: TokenBatch) -> np.ndarray:
+        """[B] float32 for this rank's queries."""
+        keys = [
+            loss_key(query, batch.passages[first : first + count])
+            for query, first, count in zip(batch.queries, batch.first_B, batch.count_B, strict=True)
+        ]
+        known_B = self.cache.look_up(keys)
+        missing_B = np.isnan(known_B)
+        self.hits += int((~missing_B).sum())
+        if missing_B.any():
+            # all of the batch, so that a loss has the same bits whatever else was cached
+            computed_B = self._compute(batch)
+            self.cache.store([keys[i] for i in np.flatnonzero(missing_B)], computed_B[missing_B])
+            known_B = np.where(missing_B, computed_B, known_B)
+        return known_B
+
+    def _compute(self, batch: TokenBatch) -> np.ndarray:
+        if self._encoder is None:
+            self._encoder = _load_reference(self.recipe, self._source).to(self.world.device)
+        self.forwards += len(batch.queries)
+        section = self.recipe.encoder
+        loss_B = np.empty(len(batch.queries), dtype=np.float32)
+        with torch.inference_mode():
+            for rows in micro_batches(batch, section.activation_tokens):
+                part = query_losses(
+                    self._encoder,
+                    batch,
+                    rows,
+                    pad_id=self.pad_id,
+                    temperature=section.temperature,
+                    tokens_at_once=section.micro_batch_tokens,
+                    device=self.world.device,
+                )
+                loss_B[rows] = part.loss_B.float().cpu().numpy()
+        return loss_B
+
+
+def _load_reference(recipe: Recipe, folder: Path) -> TextEncoder:
+    backbone = recipe.backbone
+    loaded = registry.resolve("backbones", "auto").load(str(folder), dtype=backbone.dtype, attention=backbone.attention)
+    encoder = TextEncoder(
+        loaded.model, pooling=recipe.encoder.pooling, normalize=recipe.encoder.normalize, autocast=backbone.dtype
+    )
+    return encoder.eval().requires_grad_(False)
+
+
+class LossLog:
+    """Every query's losses, [steps, B] records in one file of fixed size: a step run again overwrites its own."""
+
+    RECORD = np.dtype([("task", "<i4"), ("row", "<i8"), ("proxy", "<f4"), ("reference", "<f4")])
+
+    def __init__(self, path: Path, steps: int, queries: int):
+        self.path, self.shape = path, (steps, queries)
+        if not path.exists() or path.stat().st_size != steps * queries * self.RECORD.itemsize:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                file.truncate(steps * queries * self.RECORD.itemsize)
+
+    def write(
+        self, step: int, task_B: np.ndarray, row_B: np.ndarray, proxy_B: Tensor, reference_B: Tensor | None
+    ) -> None:
+        records = np.zeros(len(task_B), dtype=self.RECORD)
+        records["task"], records["row"], records["proxy"] = task_B, row_B, proxy_B.numpy()
+        records["reference"] = np.nan if reference_B is None else reference_B.numpy()
+        with open(self.path, "r+b") as file:
+            file.seek(step * records.nbytes)
+            file.write(records.tobytes())
+
+    def read(self) -> np.ndarray:
+        """[steps, B] records, memory-mapped."""
+        return np.memmap(self.path, dtype=self.RECORD, mode="r", shape=self.shape)
+
+
+def task_losses(records_B: np.ndarray, num_tasks: int, parts: int) -> TaskLosses:
+    """One step of the log as measurements take it."""
+    reference_B = torch.from_numpy(records_B["reference"].copy())
+    return TaskLosses(
+        proxy=torch.from_numpy(records_B["proxy"].copy()),
+        reference=None if bool(reference_B.isnan().any()) else reference_B,
+        task=torch.from_numpy(records_B["task"].astype(np.int64)),
+        num_tasks=num_tasks,
+        micro_batch=part_of(len(records_B), parts),
+    )
+
+
+def part_of(queries: int, parts: int) -> Tensor | None:
+    """Which of the batch's equal parts each query is in: [B] int64; None for a single part."""
+    return None if parts == 1 else torch.arange(queries) * parts // queries
+
+
+def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
+    """Runs the stage and publishes weights.json, losses.parquet and trajectory.parquet."""
+    recipe = plan.settings()
+    section = recipe.learn_weights
+    measurement = registry.resolve("loss_measurements", section.loss_measurement.name, section.loss_measurement.options)
+    updater = registry.resolve("weight_updaters", section.weight_updater.name, section.weight_updater.options)
+    seed_everything(recipe.seed, world.rank)
+    rows = "held_out" if section.rows == "held_out" and recipe.train_ref.hold_out > 0 else "all"
+    tasks = training_tasks(plan, rows)
+    encoder, tokenizer = load_encoder(recipe, backbone_source(plan))
+    engine = Engine(encoder, section.optimizer, recipe.deepspeed, world)
+    engine.train()
+    needs_reference = getattr(measurement, "needs_reference", True)
+    reference = Reference(plan, recipe, tokenizer.pad_id, world) if needs_reference else None
+    uniform_G = torch.full((len(tasks),), 1 / len(tasks))
+    batches = BatchPlan(
+        seed=recipe.seed,
+        queries=section.batch.queries,
+        sizes=tuple(len(task.rows) for task in tasks),
+        probabilities=tuple(uniform_G.double().tolist()),
+        composition="mixed",
+        draws=section.batch.draws,
+    )
+    run = Run(plan, world, engine, section.steps, section.optimizer, section.schedule, section.checkpoint, progress)
+    step, saved = run.resume()
+    if saved is None:
+        state, seen_G = start_weights(measurement, updater, uniform_G), np.zeros(len(tasks), dtype=np.int64)
+        counted = {"forwards": 0, "hits": 0, "seconds": 0.0}
+    else:
+        state, seen_G, counted = WeightState.from_plain(saved["weights"]), saved["seen"].numpy(), saved["counted"]
+    log = LossLog(Path(plan.folder) / "losses.bin", section.steps, section.batch.queries) if world.leads else None
+    samples = getattr(updater, "samples", False)
+    source = None if samples else _scheduled(batches, tasks, tokenizer, world, range(step, section.steps), section)
+    names = [task.name for task in tasks]
+    began = time.monotonic()
+    with progress.start(plan.stage, section.steps, "steps") as bar:
+        bar.advance(step)
+        while step < section.steps:
+            step_began = time.monotonic()
+            weights_G = updater.weights(state.updater)
+            if samples:
+                count_G = drawn_counts(batches, step, weights_G.double().tolist())
+                whole = assemble(batches, step, count_G, seen_G)
+                part = whole.shard(world.rank, world.size)
+                own = collate(
+                    batches, whole, part, tasks, tokenizer, hard_negatives=section.batch.passages_per_query - 1
+                )
+            else:
+                whole, own = next(source)
+            reference_B = None if reference is None else torch.from_numpy(reference.losses(own))
+            if section.proxy_weights == "current":
+                proxy_B, _, _ = _proxy_pass(engine, own, recipe, tokenizer.pad_id, None)
+                losses = _pooled(world, whole, proxy_B, reference_B, len(tasks), section.batch.parts)
+                state, seen_M = _update(state, measurement, updater, losses, step, section, names)
+                scale_G = updater.weights(state.updater)
+                _, tokens, computed = _proxy_pass(
+                    engine, own, recipe, tokenizer.pad_id, _own_weights(whole, scale_G, world)
+                )
+            else:
+                own_weights = _own_weights(whole, weights_G, world)
+                proxy_B, tokens, computed = _proxy_pass(engine, own, recipe, tokenizer.pad_id, own_weights)
+                losses = _pooled(world, whole, proxy_B, reference_B, len(tasks), section.batch.parts)
+                state, seen_M = _update(state, measurement, updater, losses, step, section, names)
+            rate = run.learning_rate(step)
+            norm = engine.step(rate)
+            seen_G = seen_G + np.bincount(whole.task_B, minlength=len(tasks))
+            if log is not None:
+                file_rows = np.array([tasks[t].rows[r] for t, r in zip(whole.task_B, whole.row_B, strict=True)])
+                log.write(step, whole.task_B, file_rows, losses.proxy, losses.reference)
+            metrics = _metrics(losses, seen_M, state, updater, measurement, names)
+            metrics |= {
+                "step": step,
+                "learning_rate": rate,
+                "gradient_norm": norm,
+                "tokens_per_second": tokens * world.size / (time.monotonic() - step_began),
+                "padding_share": 1 - tokens / max(computed, 1),
+            }
+            run.log(metrics)
+            step += 1
+            counts = _counted(counted, reference, began)
+            run.save(step, {"weights": state.plain(), "seen": torch.from_numpy(seen_G), "counted": counts})
+            bar.advance(1, loss=metrics["loss"], effective_tasks=metrics["effective_tasks"])
+    counts = _counted(counted, reference, began)
+    if reference is not None:
+        reference.cache.close()
+    world.barrier()
+    if world.leads:
+        from tdro_cli.report.weights import publish_weights
+
+        publish_weights(plan, names, state, updater, log, seen_G, tasks, counts, progress)
+    world.barrier()
+
+
+def _counted(before: dict[str, Any], reference: Reference | None, began: float) -> dict[str, Any]:
+    """Reference forwards and cache hits (queries of this rank) and seconds, those before a resume included."""
+    return {
+        "forwards": before["forwards"] + (reference.forwards if reference else 0),
+        "hits": before["hits"] + (reference.hits if reference else 0),
+        "seconds": before["seconds"] + time.monotonic() - began,
+    }
+
+
+def _scheduled(
+    batches: BatchPlan, tasks: list[TrainingTask], tokenizer: TextTokenizer, world: World, steps: range, section: Any
+) -> Iterator[tuple[Batch, TokenBatch]]:
+    """The batches that depend on nothing learned: whole, and this rank's part."""
+    from tdro_cli.data.batching import batch_at
+
+    arriving = token_batches(
+        batches, tasks, tokenizer, world, steps, hard_negatives=section.batch.passages_per_query - 1
+    )
+    for step, own in zip(steps, arriving, strict=True):
+        yield batch_at(batches, step), own
+
+
+def _own_weights(whole: Batch, weights_G: Tensor, world: World) -> Tensor:
+    """w_i / Σ w over the global batch, for this rank's queries: [B of the rank]."""
+    weight_B = query_weights(torch.from_numpy(whole.task_B), weights_G)
+    return weight_B[whole.shard(world.rank, world.size)].to(world.device)
+
+
+def _proxy_pass(
+    engine: Engine, own: TokenBatch, recipe: Recipe, pad_id: int, weight_B: Tensor | None
+) -> tuple[Tensor, int, int]:
+    """The proxy's losses on this rank's queries; with weights, also the gradient of their weighted sum.
+
+    Returns the losses [B], tokens, and tokens with padding.
+    """
+    world, section = engine.world, recipe.encoder
+    parts = micro_batches(own, section.activation_tokens)
+    missing = world.most(len(parts)) - len(parts)
+    loss_B = torch.zeros(len(own.queries), device=world.device)
+    tokens = computed = 0
+    for number, rows in enumerate(parts):
+        with torch.set_grad_enabled(weight_B is not None):
+            part = query_losses(
+                engine,
+                own,
+                rows,
+                pad_id=pad_id,
+                temperature=section.temperature,
+                tokens_at_once=section.micro_batch_tokens,
+                device=world.device,
+            )
+        where = torch.from_numpy(rows).to(world.device)
+        loss_B[where] = part.loss_B.detach()
+        tokens, computed = tokens + part.tokens, computed + part.computed
+        if weight_B is not None:
+            engine.backward((part.loss_B * weight_B[where]).sum(), last=number == len(parts) - 1 and not missing)
+    for number in range(missing):  # other ranks have more parts, and each communicates
+        idle = engine(
+            torch.full((1, 1), pad_id, device=world.device), torch.ones(1, 1, dtype=torch.long, device=world.device)
+        )
+        if weight_B is not None:
+            engine.backward(idle.sum() * 0.0, last=number == missing - 1)
+    return loss_B, tokens, computed
+
+
+def _pooled(
+    world: World, whole: Batch, proxy_B: Tensor, reference_B: Tensor | None, num_tasks: int, parts: int
+) -> TaskLosses:
+    """The losses of the global batch, on the CPU, the same on every rank: one transfer."""
+    columns = [proxy_B.float()] if reference_B is None else [proxy_B.float(), reference_B.to(proxy_B.device)]
+    pooled = world.gather(torch.stack(columns, 1)).cpu()
+    return TaskLosses(
+        proxy=pooled[:, 0].contiguous(),
+        reference=None if reference_B is None else pooled[:, 1].contiguous(),
+        task=torch.from_numpy(whole.task_B),
+        num_tasks=num_tasks,
+        micro_batch=part_of(len(whole), parts),
+    )
+
+
+def _update(
+    state: WeightState, measurement: Any, updater: Any, losses: TaskLosses, step: int, section: Any, names: list[str]
+) -> tuple[WeightState, Tensor]:
+    if not bool(losses.proxy.isfinite().all()) or (
+        losses.reference is not None and not bool(losses.reference.isfinite().all())
+    ):
+        bad = sorted({names[t] for t in losses.task[~losses.proxy.isfinite()].tolist()}) or ["the reference's"]
+        raise RunFailed(
+            f"a loss is not finite at step {step}: {', '.join(bad)}",
+            remedy="lower the learning rate, raise the temperature, or use float32",
+        )
+    try:
+        return update_weights(
+            state, measurement, updater, losses, progress=step / section.steps, absent_tasks=section.absent_tasks
+        )
+    except ValueError as error:
+        raise RunFailed(
+            f"the weights can't be updated at step {step}: {error}", remedy="change the measurement"
+        ) from error
+
+
+def _metrics(
+    losses: TaskLosses, measurement_G: Tensor, state: WeightState, updater: Any, measurement: Any, names: list[str]
+) -> dict[str, Any]:
+    """What a step's log line says, per task and in all."""
+    weights_G = updater.weights(state.updater)
+    count_G = losses.counts()
+    columns = {
+        "count": count_G.long(),
+        "proxy_loss": losses.mean_by_task(losses.proxy),
+        "measurement": measurement_G,
+        "weight": weights_G,
+        "weight_mean": state.averages.mean_G,
+        "weight_ema": state.averages.ema_G,
+    }
+    if losses.reference is not None:
+        columns["reference_loss"] = losses.mean_by_task(losses.reference)
+        try:
+            columns["standard_error"] = standard_error(measurement, losses)
+        except (ValueError, TypeError):
+            pass  # a measurement that can't do without a task has no jackknife
+    clamped = getattr(measurement, "clamped_share", None)
+    if clamped is not None:
+        columns["clamped_share"] = clamped(losses)
+    table = {name: values.tolist() for name, values in columns.items()}
+    share_G = squared_norm_share(measurement_G)
+    return {
+        "loss": float(losses.proxy.mean()),
+        "effective_tasks": effective_tasks(weights_G),
+        "top_share": float(share_G.max()),
+        "top_task": names[int(share_G.argmax())],
+        **({"clamped_share": float((columns["clamped_share"] * count_G).sum() / count_G.sum())} if clamped else {}),
+        "tasks": {name: {key: column[i] for key, column in table.items()} for i, name in enumerate(names)},
+    }
+
+
+def final_weights(updater: Any, state: WeightState) -> dict[str, np.ndarray]:
+    """`weight`, `mean` and `ema` of each task: [G] float64 each, summing to 1."""
+    columns = {
+        "weight": learned_weights(updater, state),
+        "mean": state.averages.mean_G if state.averages.updates else learned_weights(updater, state),
+        "ema": state.averages.ema_G,
+    }
+    return {name: (value.double() / value.double().sum()).numpy() for name, value in columns.items()}

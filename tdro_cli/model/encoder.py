@@ -1,0 +1,205 @@
+"""From token ids to embeddings, and the contract that says how a model reads its texts.
+
+N texts, T tokens of the longest one, D embedding size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tdro_cli.errors import TdroError
+from tdro_cli.protocols import LoadedBackbone
+
+Pooling = Literal["last_token", "mean", "cls"]
+Ending = Literal["eos", "tokenizer"]
+Precision = Literal["float32", "bfloat16"]
+
+CONTRACT_FILE = "tdro_encoder.json"
+
+
+@dataclass(frozen=True)
+class EncoderContract:
+    """All that must be known, next to the weights, to get the same embeddings.
+
+    Lengths are in tokens, prompt and special tokens included. `prompts`: {task: prompt}; the keys "query" and
+    "document" name the model's own, used where a caller gives none. A prompted text is `query_template`, which must end
+    with "{query}"; where the prompt is empty, the text is plain. `ending`: "eos" appends the EOS token where the
+    tokenizer's own template ends with no special token; "tokenizer" leaves the template alone.
+    """
+
+    pooling: Pooling = "last_token"
+    normalize: bool = True
+    query_length: int = 128
+    passage_length: int = 512
+    temperature: float = 0.002
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    query_template: str = "Instruct: {prompt}\nQuery: {query}"
+    ending: Ending = "eos"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("pooling", get_args(Pooling)), ("ending", get_args(Ending))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if min(self.query_length, self.passage_length) < 2:
+            raise ValueError(f"lengths must be >= 2, got {self.query_length} and {self.passage_length}")
+        if not self.query_template.endswith("{query}") or self.query_template.count("{query}") > 1:
+            raise ValueError(f"query_template must end with its only {{query}}, got {self.query_template!r}")
+
+    def head(self, prompt: str) -> str:
+        """What stands before a text with this prompt; "" for an empty prompt."""
+        return self.query_template.removesuffix("{query}").replace("{prompt}", prompt) if prompt else ""
+
+    def query_prompt(self) -> str:
+        """The model's own query prompt: the one named "query", else the only one of all tasks, else none."""
+        if "query" in self.prompts:
+            return self.prompts["query"]
+        distinct = set(self.prompts.values())
+        return distinct.pop() if len(distinct) == 1 else ""
+
+    def passage_prompt(self) -> str:
+        """The model's own passage prompt: the one named "document", else none."""
+        return self.prompts.get("document", "")
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "prompts": dict(self.prompts)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> EncoderContract:
+        """The contract from `to_json`; keys that are none of its fields are left aside."""
+        return cls(**{f.name: value[f.name] for f in fields(cls) if f.name in value})
+
+
+class TextEncoder(nn.Module):
+    """A transformers model, pooling, and normalising.
+
+    `backbone_model` may be wrapped by peft. `autocast` is the precision that the backbone computes in; pooling and
+    normalising are always float32.
+    """
+
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        *,
+        pooling: Pooling = "last_token",
+        normalize: bool = True,
+        autocast: Precision = "float32",
+    ):
+        super().__init__()
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
+        if autocast not in get_args(Precision):
+            raise ValueError(f"autocast must be one of {', '.join(get_args(Precision))}, got {autocast!r}")
+        self.backbone = backbone_model
+        self.pooling, self.normalize, self.autocast = pooling, normalize, autocast
+        # padding is on the right, where a causal model never looks: without a mask, attention takes its fastest path
+        config = backbone_model.config
+        self._needs_mask = not (is_causal(backbone_model) and getattr(config, "_attn_implementation", None) == "sdpa")
+        self._extra = {"use_cache": False} if "use_cache" in _forward_parameters(backbone_model) else {}
+
+    @property
+    def dimension(self) -> int:
+        return self.backbone.config.get_text_config().hidden_size
+
+    def forward(self, input_ids_NT: Tensor, attention_mask_NT: Tensor) -> Tensor:
+        """Embeddings [N, D] float32, of length 1 where `normalize`. Padding may be on either side of a text."""
+        mask_NT = attention_mask_NT.bool()
+        # real tokens to the front: then positions count from the text's first token in every family
+        order_NT = mask_NT.int().argsort(dim=1, descending=True, stable=True)
+        input_ids_NT, mask_NT = input_ids_NT.gather(1, order_NT), mask_NT.gather(1, order_NT)
+        with self._precision(input_ids_NT.device):
+            hidden_NTD = self.backbone(
+                input_ids=input_ids_NT,
+                attention_mask=mask_NT.long() if self._needs_mask else None,
+                return_dict=True,
+                **self._extra,
+            ).last_hidden_state
+        embedding_ND = pool(hidden_NTD, mask_NT, self.pooling)
+        return F.normalize(embedding_ND, dim=-1) if self.normalize else embedding_ND
+
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager:
+        if self.autocast == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def pool(hidden_NTD: Tensor, mask_NT: Tensor, pooling: Pooling) -> Tensor:
+    """One vector a text: [N, D] float32. `mask_NT` is true for the real tokens, which come first."""
+    if pooling == "cls":
+        return hidden_NTD[:, 0].float()
+    length_N = mask_NT.sum(1)
+    if pooling == "last_token":
+        row_N = torch.arange(len(hidden_NTD), device=hidden_NTD.device)
+        return hidden_NTD[row_N, (length_N - 1).clamp_min(0)].float()
+    total_ND = (hidden_NTD.float() * mask_NT.unsqueeze(-1)).sum(1)
+    return total_ND / length_N.clamp_min(1).unsqueeze(-1)
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a token sees only what stands before it, by what the model's attention layers say of themselves."""
+    if getattr(model.config, "is_causal", True) is False:
+        return False
+    layers = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    return bool(layers) and all(layers)
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The longest text in tokens that the model has positions for; None where it says no limit."""
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding):
+            # RoBERTa's positions begin after its padding id
+            return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None
+
+
+def check_lengths(model: nn.Module, contract: EncoderContract, *, where: str | None = None) -> None:
+    """Raises TdroError if the contract allows longer texts than the model has positions for."""
+    limit, longest = position_limit(model), max(contract.query_length, contract.passage_length)
+    if limit is not None and longest > limit:
+        raise TdroError(
+            f"texts of up to {longest} tokens, but the model has {limit} positions",
+            where=where,
+            remedy=f"set query_length and passage_length to at most {limit}",
+        )
+
+
+def add_lora(
+    loaded: LoadedBackbone,
+    *,
+    r: int = 8,
+    alpha: float = 32.0,
+    dropout: float = 0.1,
+    targets: Sequence[str] | None = None,
+) -> nn.Module:
+    """The model with LoRA adapters (arXiv 2106.09685), everything else frozen. `targets`: the family's when None.
+
+    Raises TdroError if no layer has one of the target names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = list(targets or loaded.lora_targets)
+    config = LoraConfig(
+        task_type="FEATURE_EXTRACTION", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=names
+    )
+    try:
+        return get_peft_model(loaded.model, config)
+    except ValueError as error:
+        raise TdroError(
+            f"LoRA can't be added to {', '.join(names)}: {error}",
+            where="lora.target_modules",
+            remedy=f"this model's own are {', '.join(loaded.lora_targets)}",
+        ) from error
+
+
+def _forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(bare.forward).parameters

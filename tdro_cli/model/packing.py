@@ -1,0 +1,82 @@
+"""Batches of texts of like length, so that little is computed on padding.
+
+N texts, T tokens of the longest one of a batch, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Packed(NamedTuple):
+    """Embeddings [N, D] in the order of the texts, their tokens, and the padding computed beside them (in tokens)."""
+
+    embedding_ND: Tensor
+    tokens: int
+    padded_tokens: int
+
+    @property
+    def padding_share(self) -> float:
+        """Padding as a share of all tokens computed, in 0..1."""
+        computed = self.tokens + self.padded_tokens
+        return self.padded_tokens / computed if computed else 0.0
+
+
+def token_budget_batches(lengths: Sequence[int], budget: int) -> list[np.ndarray]:
+    """Indices into `lengths`, longest first, in batches with count × longest length <= `budget`.
+
+    A text longer than the budget is a batch of its own. Equal lengths keep their order. Every index occurs once.
+    Raises ValueError unless `budget` > 0.
+    """
+    if budget <= 0:
+        raise ValueError(f"the token budget must be > 0, got {budget}")
+    length = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-length, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        count = max(1, budget // max(1, int(length[order[start]])))
+        batches.append(order[start : start + count])
+        start += count
+    return batches
+
+
+def pad_batch(token_lists: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Input ids [N, T] int64, padded on the right, and attention mask [N, T] int64 with 1 for the real tokens."""
+    length_N = np.fromiter(map(len, token_lists), dtype=np.int64, count=len(token_lists))
+    mask_NT = np.arange(length_N.max(initial=0)) < length_N[:, None]
+    ids_NT = np.full(mask_NT.shape, pad_id, dtype=np.int64)
+    ids_NT[mask_NT] = np.fromiter(chain.from_iterable(token_lists), dtype=np.int64, count=int(length_N.sum()))
+    return torch.from_numpy(ids_NT), torch.from_numpy(mask_NT.astype(np.int64))
+
+
+def encode_token_lists(
+    forward: Callable[[Tensor, Tensor], Tensor],
+    token_lists: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    budget: int,
+    device: torch.device | str,
+) -> Packed:
+    """Runs `forward(input_ids_NT, attention_mask_NT)` over batches of at most `budget` tokens, padding included.
+
+    The graph is kept where gradients are enabled. Raises ValueError for no texts at all: their size is not known.
+    """
+    if not token_lists:
+        raise ValueError("no texts to encode")
+    lengths = [len(tokens) for tokens in token_lists]
+    batches = token_budget_batches(lengths, budget)
+    parts, computed = [], 0
+    for rows in batches:
+        input_ids_NT, mask_NT = pad_batch([token_lists[row] for row in rows], pad_id)
+        computed += input_ids_NT.numel()
+        parts.append(forward(input_ids_NT.to(device, non_blocking=True), mask_NT.to(device, non_blocking=True)))
+    embedding_ND = torch.cat(parts)
+    place_N = torch.from_numpy(np.argsort(np.concatenate(batches))).to(embedding_ND.device)
+    tokens = sum(lengths)
+    return Packed(embedding_ND.index_select(0, place_N), tokens, computed - tokens)

@@ -1,0 +1,184 @@
+"""What a plugin is given and what it must return. Other distributions build on these names.
+
+B queries, G tasks, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Text(NamedTuple):
+    """A query or a passage with the id that names it."""
+
+    id: str
+    text: str
+
+
+# ---- learning the weights ----
+
+
+@dataclass(frozen=True)
+class TaskLosses:
+    """The losses of one global batch, in nats, pooled over micro-batches and ranks.
+
+    `proxy` [B] and `reference` [B] float32 (`reference` is None where the measurement needs none), `task` [B] int64
+    in 0..num_tasks-1, `micro_batch` [B] int64: the micro-batch that a query was computed in (None: a single one).
+    """
+
+    proxy: Tensor
+    reference: Tensor | None
+    task: Tensor
+    num_tasks: int
+    micro_batch: Tensor | None = None
+
+    def counts(self) -> Tensor:
+        """Queries of each task: [G], in the dtype of `proxy`."""
+        return self.sum_by_task(self.proxy.new_ones(self.proxy.shape))
+
+    def sum_by_task(self, value_B: Tensor) -> Tensor:
+        """Sum of a per-query value over each task: [G]."""
+        return value_B.new_zeros(self.num_tasks).index_add(0, self.task, value_B)
+
+    def mean_by_task(self, value_B: Tensor) -> Tensor:
+        """Mean of a per-query value over each task: [G]; 0 for a task absent from the batch."""
+        return self.sum_by_task(value_B) / self.counts().clamp_min(1)
+
+
+@runtime_checkable
+class LossMeasurement(Protocol):
+    """How much headroom each task has. A task absent from the batch measures 0.
+
+    An attribute `needs_reference = False` says that `losses.reference` is not read; then no reference model runs.
+    """
+
+    def __call__(self, losses: TaskLosses) -> Tensor: ...
+
+
+@runtime_checkable
+class StatefulMeasurement(Protocol):
+    """Optional: a measurement that carries state between steps (moving averages). Used instead of `__call__`."""
+
+    def start(self, num_tasks: int) -> Any: ...
+    def measure(self, state: Any, losses: TaskLosses) -> tuple[Any, Tensor]: ...
+
+
+State = Any  # of a weight updater: tensors, numbers, and lists, tuples or dicts of them, so that it can be checkpointed
+
+
+@runtime_checkable
+class WeightUpdater(Protocol):
+    """Turns measurements into task weights α. All tensors are [G] float32 on the CPU; weights are > 0 and sum to 1.
+
+    An attribute `output = "mean"` says that the result is the mean over the steps; `samples = True` that the weights
+    are also the probabilities with which the next batch is drawn.
+    """
+
+    def start(self, weights_G: Tensor) -> State: ...
+    def step(self, state: State, measurement_G: Tensor, *, progress: float) -> State: ...
+    def weights(self, state: State) -> Tensor: ...
+
+
+# ---- models ----
+
+
+@dataclass(frozen=True)
+class LoadedBackbone:
+    """A transformers model without a head, with its tokenizer.
+
+    `lora_targets`: names of the linear layers that LoRA adapts by default. `causal`: a decoder, whose last token sees all.
+    """
+
+    model: Any
+    tokenizer: Any
+    lora_targets: tuple[str, ...]
+    causal: bool
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    def load(self, source: str, *, dtype: str, attention: str) -> LoadedBackbone: ...
+
+
+@runtime_checkable
+class PreparedBackbone(Protocol):
+    """Optional: a backbone that is made from the tasks' own text before it can be loaded from `folder`."""
+
+    def prepare(self, texts: Iterable[str], folder: Path, *, seed: int) -> None: ...
+
+
+# ---- data ----
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Passages found for a query, best first."""
+
+    query_id: str
+    docids: Sequence[str]
+    scores: Sequence[float]
+
+
+@runtime_checkable
+class NegativeMiner(Protocol):
+    """Yields one ranking a query, in the order of `queries`, of at most `depth` passages."""
+
+    def mine(self, queries: Sequence[Text], corpus: Iterable[Text], *, depth: int) -> Iterator[Ranking]: ...
+
+
+class DuplicatePair(NamedTuple):
+    """A training text that repeats a held-out text; `similarity` in 0..1."""
+
+    train_id: str
+    held_out_id: str
+    similarity: float
+
+
+@runtime_checkable
+class Deduplicator(Protocol):
+    def duplicates(self, train: Iterable[Text], held_out: Iterable[Text]) -> Iterator[DuplicatePair]: ...
+
+
+@runtime_checkable
+class TransferStrategy(Protocol):
+    """From learned weights and task sizes (examples) to sampling probabilities; tasks left out are absent.
+
+    A strategy that declares a keyword `draws` is given the number of queries that finetune will take. An attribute
+    `needs_weights = False` says that no weights are read; then none need be learned, and `weights` is empty.
+    An attribute `scales_loss = True` says that the weights also scale the loss (`loss_weights(weights)` -> {task: factor}).
+    """
+
+    def __call__(self, weights: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class TestCollection:
+    """A corpus, queries and judgements. `corpus` can be iterated more than once and need not be in memory.
+
+    `qrels`: {query id: {document id: relevance}}. `prompt`: the query instruction to use, None for the evaluated model's
+    own. `answers`: for answer-string measures, {query id: accepted answers}, else None.
+    """
+
+    __test__ = False  # not a test class, whatever pytest thinks of the name
+
+    name: str
+    corpus: Callable[[], Iterator[Text]]
+    queries: Sequence[Text]
+    qrels: Mapping[str, Mapping[str, int]]
+    prompt: str | None = None
+    answers: Mapping[str, Sequence[str]] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Benchmark(Protocol):
+    measures: Sequence[str]
+
+    def subsets(self) -> Sequence[str]: ...
+    def load(self, subset: str) -> TestCollection: ...

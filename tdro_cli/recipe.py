@@ -1,0 +1,662 @@
+"""The recipe: one YAML file describes everything that changes the numbers."""
+
+from __future__ import annotations
+
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from tdro_cli import registry
+from tdro_cli.errors import Problems, TdroError, did_you_mean
+
+Place = tuple[str | int, ...]  # a key path: ("tasks", 0, "path")
+
+EXECUTION = {"execution": True}  # marks a key that says how or where to run: it changes no result beyond rounding
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    def numbers(self) -> dict[str, Any]:
+        """The section as plain values, without the keys that change no result: what a digest covers."""
+        values = {}
+        for name, field in type(self).model_fields.items():
+            if field.json_schema_extra != EXECUTION:
+                values[name] = _plain(getattr(self, name))
+        return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.numbers()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+class PluginChoice(Section):
+    """A plugin by name, with its options. A bare name stands for {name: NAME}."""
+
+    name: str
+    """name of an installed plugin: see `tdro plugins`"""
+    options: dict[str, Any] = {}
+    """the plugin's own options"""
+
+
+def _plugin(kind: str, default: str | None = None) -> Any:
+    """The annotated type of a plugin choice of `kind`; without a name it is `default`."""
+    widen = BeforeValidator(lambda value: _choice(value, default))
+    return Annotated[PluginChoice, widen, Field(json_schema_extra={"plugin_kind": kind, "plugin_default": default})]
+
+
+def _choice(value: Any, default: str | None) -> Any:
+    """A bare string is a name; a mapping without a name takes the default one."""
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict) and default is not None:
+        return {"name": default, **value}
+    return value
+
+
+class Task(Section):
+    """One training set."""
+
+    name: str = Field(pattern=r"^[\w.+-]+$", max_length=200)
+    """unique; letters, digits, `_`, `.`, `+`, `-`"""
+    path: str
+    """JSONL (plain, .gz, .zst) or Parquet; relative to the working directory"""
+    prompt: str = ""
+    """the instruction put before each query: `Instruct: {prompt}\\nQuery: {query}`; none when empty"""
+    symmetric: bool = False
+    """query and passage are the same kind of text: the prompt goes before passages, too"""
+    in_batch_negatives: bool = True
+    """whether other rows' passages are negatives; false for classification-like tasks"""
+
+
+class Backbone(Section):
+    name: str = "auto"
+    """a backbone plugin"""
+    source: str | None = None
+    """a local folder or a Hugging Face name; `scratch` needs none"""
+    options: dict[str, Any] = {}
+    """the plugin's own options, for instance `revision` of `auto`"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the matrix products: bfloat16 runs under autocast; weights, similarities and losses stay float32"""
+    attention: str = "sdpa"
+    """attention implementation of transformers: sdpa, eager, flash_attention_2"""
+    activation_checkpointing: bool = Field(False, json_schema_extra=EXECUTION)
+    """trade time for memory: activations are computed again in the backward pass"""
+
+
+class Encoder(Section):
+    pooling: Literal["last_token", "mean", "cls"] = "last_token"
+    """which hidden state is the embedding"""
+    normalize: bool = True
+    """embeddings of length 1, so that similarity is the cosine"""
+    query_length: int = Field(128, ge=4)
+    """tokens, prompt and EOS included"""
+    passage_length: int = Field(512, ge=4)
+    """tokens, title and EOS included"""
+    temperature: float = Field(0.002, gt=0)
+    """similarities are divided by it; the paper's value"""
+    micro_batch_tokens: int = Field(16384, ge=1, json_schema_extra=EXECUTION)
+    """tokens, padding included, that go through the model at once"""
+    activation_tokens: int = Field(65536, ge=1, json_schema_extra=EXECUTION)
+    """tokens whose activations are kept at once; a larger batch is trained by gradient caching"""
+
+
+class Lora(Section):
+    r: int = Field(8, ge=1)
+    """rank"""
+    alpha: float = Field(32.0, gt=0)
+    """scale: the update is multiplied by alpha / r"""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """of the adapter's input"""
+    target_modules: list[str] | None = None
+    """names of linear layers; the backbone family's own when left out"""
+
+
+class Batch(Section):
+    queries: int = Field(2048, ge=1)
+    """queries of a global batch, over all devices"""
+    passages_per_query: int = Field(2, ge=1)
+    """one positive and this many less one hard negatives"""
+    composition: Literal["homogeneous", "mixed"] = "homogeneous"
+    """a global batch from one task, or a task per query"""
+    draws: Literal["stratified", "independent"] = "stratified"
+    """tasks in shares exact to one batch, or drawn independently"""
+
+
+class WeightBatch(Section):
+    queries: int = Field(2048, ge=1)
+    """queries of a global batch, over all devices"""
+    passages_per_query: int = Field(8, ge=2)
+    """one positive and this many less one hard negatives"""
+    draws: Literal["stratified", "independent"] = "stratified"
+    """equal counts of every task (the remainder rotates), or the paper's literal draw of probability 1/k"""
+    parts: int = Field(1, ge=1)
+    """equal parts of the batch, which only `relative_official` measures one by one; the authors' release had 4"""
+
+
+class Optimizer(Section):
+    learning_rate: float = Field(1e-4, gt=0)
+    """peak of the schedule"""
+    weight_decay: float = Field(0.1, ge=0)
+    """decoupled, as in AdamW; biases and norms are left out"""
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """AdamW's moment decays"""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon"""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """gradients are clipped to this L2 norm; null: never"""
+
+
+class Schedule(Section):
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """decay after the warm-up"""
+    warmup_steps: int | None = Field(None, ge=0)
+    """linear from 0; a tenth of the steps when left out, the paper's 100 of 1,000"""
+    min_ratio: float = Field(0.1, ge=0, le=1)
+    """of the peak, at the last step"""
+
+
+class Checkpoint(Section):
+    every_steps: int = Field(100, ge=1, json_schema_extra=EXECUTION)
+    """how much a killed run loses at most"""
+    keep_last: int = Field(1, ge=1, json_schema_extra=EXECUTION)
+    """older checkpoints are removed"""
+
+
+class Training(Section):
+    steps: int = Field(1000, ge=1)
+    """optimizer steps"""
+    batch: Batch = Batch()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    cross_device_negatives: bool = True
+    """passages on other devices are negatives, too: results don't depend on the number of devices"""
+    checkpoint: Checkpoint = Field(Checkpoint(), json_schema_extra=EXECUTION)
+
+
+class TrainRef(Training):
+    hold_out: float = Field(0.2, ge=0, lt=1)
+    """share of each task's rows, chosen by content, that the reference never sees"""
+
+
+class LearnWeights(Section):
+    steps: int = Field(1000, ge=1)
+    """updates of the task weights"""
+    batch: WeightBatch = WeightBatch()
+    loss_measurement: _plugin("loss_measurements", "relative") = PluginChoice(name="relative")
+    weight_updater: _plugin("weight_updaters", "exponentiated_gradient") = PluginChoice(name="exponentiated_gradient")
+    proxy_weights: Literal["previous", "current"] = "previous"
+    """which weights scale the proxy's gradient: before this step's update (one forward pass) or after (two)"""
+    absent_tasks: Literal["last", "zero"] = "last"
+    """measurement of a task absent from the batch: its last one, or the release's 0"""
+    rows: Literal["held_out", "all"] = "held_out"
+    """measure on rows that the reference has not seen (`train_ref.hold_out`), or on all"""
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    checkpoint: Checkpoint = Field(Checkpoint(), json_schema_extra=EXECUTION)
+
+
+class Transfer(Section):
+    strategy: _plugin("transfer_strategies", "reweight") = PluginChoice(name="reweight")
+    weights: Literal["final", "mean", "ema"] = "final"
+    """which of the learned weights: of the last step, their mean over steps, or their moving average"""
+    weights_from: str | None = None
+    """take weights from this file instead: a weights.json, or the authors' *_weights.json"""
+
+
+class Finetune(Training):
+    rows: Literal["all", "held_in"] = "all"
+    """train on all rows, or on those that the reference was trained on (for a comparison with it)"""
+
+
+class Mine(Section):
+    negative_miner: _plugin("negative_miners", "bm25") = PluginChoice(name="bm25")
+    rank_window: list[int] = Field([2, 100], min_length=2, max_length=2)
+    """first and last rank to choose from, counted from 1"""
+    keep: int = Field(16, ge=1)
+    """negatives of a query, those it came with included"""
+    positive_margin: float | None = Field(0.95, gt=0)
+    """drop candidates that score above this share of the positive's score; null: keep them"""
+    sampling: Literal["top", "uniform"] = "uniform"
+    """take the window's first, or draw from it"""
+    existing: Literal["keep", "replace"] = "keep"
+    """top up the negatives that a row came with, or replace them"""
+    pad: bool = False
+    """fill up with random passages where too few are found"""
+
+    @model_validator(mode="after")
+    def _window_in_order(self) -> Mine:
+        first, last = self.rank_window
+        if not 1 <= first <= last:
+            raise ValueError(f"rank_window must be [first, last] with 1 <= first <= last, got {self.rank_window}")
+        return self
+
+
+class Dedup(Section):
+    against: list[_plugin("benchmarks")] = []
+    """benchmarks, or folders in BEIR layout, whose queries must not be trained on; empty: those of `eval`"""
+    deduplicator: _plugin("deduplicators", "simhash") = PluginChoice(name="simhash")
+    fields: list[Literal["query", "passage"]] = Field(["query"], min_length=1)
+    """which training texts are compared: queries with test queries, positive passages with test documents"""
+    within: Literal["none", "task", "all"] = "none"
+    """also drop training rows that repeat an earlier row of the same task, or of any"""
+
+
+class Eval(Section):
+    benchmarks: list[_plugin("benchmarks")] = Field(min_length=1)
+    depth: int = Field(100, ge=1)
+    """documents retrieved for a query"""
+    measures: list[str] = Field(["nDCG@10", "R@100"], min_length=1)
+    """names that ir-measures knows"""
+    models: list[str] = Field(["train_ref", "finetune"], min_length=1)
+    """what to evaluate: `untrained`, `train_ref`, `finetune`, `bm25`, or a folder or hub name"""
+    compare_to: str | None = "train_ref"
+    """the model of the list that the others are tested against"""
+    prompt: str | None = None
+    """instruction put before test queries; null: none"""
+
+
+class Recipe(Section):
+    """Everything that changes the numbers of an experiment."""
+
+    name: str = Field("tdro", pattern=r"^[\w.+-]+$", max_length=200)
+    """names the folder runs/NAME"""
+    seed: int = Field(42, ge=0, lt=2**63)
+    """of every random choice"""
+    tasks: list[Task] = Field(min_length=1)
+    """the training sets, or the path of a YAML file that lists them"""
+    backbone: Backbone | None = None
+    encoder: Encoder = Encoder()
+    lora: Lora | None = None
+    mine: Mine | None = None
+    dedup: Dedup | None = None
+    train_ref: TrainRef = TrainRef()
+    learn_weights: LearnWeights = LearnWeights()
+    transfer: Transfer = Transfer()
+    finetune: Finetune = Finetune()
+    eval: Eval | None = None
+    deepspeed: dict[str, Any] = {}
+    """keys of DeepSpeed's own configuration, merged over the generated one; `zero_stage: 0..3` for short"""
+    skip_bad_rows: bool = False
+    """set bad rows of the training files aside instead of stopping"""
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe with the places its values came from."""
+
+    recipe: Recipe
+    path: Path
+    text: str
+    places: Mapping[Place, str]
+
+    def where(self, *place: str | int) -> str:
+        return _where(self.places, place)
+
+
+# ---- reading ----
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number; a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), *, strategy: str | None = None) -> LoadedRecipe:
+    """The recipe in `path`, with `key.path=value` overrides. Raises Problems with every fault found.
+
+    `strategy` names the transfer strategy in place of the recipe's; the overrides come after it.
+    """
+    path = Path(path)
+    problems: list[TdroError] = []
+    places: dict[Place, str] = {}
+    text = read_text(path)
+    values = _parse(text, str(path), places, problems)
+    if not isinstance(values, dict) and not problems:
+        problems.append(
+            TdroError("a recipe is a mapping of sections", where=str(path), remedy="see `tdro recipe list`")
+        )
+    if problems:
+        raise Problems(problems)
+    if strategy is not None:
+        _choose_strategy(values, places, strategy)
+    for override in overrides:
+        _override(values, override, places, problems)
+    _tasks_from_file(values, places, problems)
+    _expand(values, (), places, problems)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        recipe = None
+        problems += [_explain(detail, places) for detail in error.errors()]
+    problems += [*_plugin_problems(values, places), *_task_problems(values, places)]
+    if problems:
+        raise Problems(sorted(problems, key=_order))
+    return LoadedRecipe(recipe, path, text, places)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        remedy = "name a recipe, or write one: `tdro recipe list` shows those that come with tdro"
+        raise TdroError(f"there is no recipe {path}", remedy=remedy) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TdroError(f"can't read {path}: {error}", remedy="a recipe is a YAML file in UTF-8") from None
+
+
+def _parse(text: str, file: str, places: dict[Place, str], problems: list[TdroError], under: Place = ()) -> Any:
+    """The plain value of a YAML text; `places` learns file:line of every key."""
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            return None if node is None else _value(loader, node, under, file, places, problems, 0)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        words = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problems.append(TdroError(f"not valid YAML: {words}", where=f"{file}{line}", remedy="mend the syntax there"))
+        return None
+
+
+def _value(loader, node, place: Place, file: str, places, problems, depth: int) -> Any:
+    places[place] = f"{file}:{node.start_mark.line + 1}"
+    if depth > 50:
+        raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=node.start_mark)
+    if isinstance(node, yaml.MappingNode):
+        values = {}
+        for key_node, value_node in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else str(key_node.tag)
+            if key in values:
+                where = f"{file}:{key_node.start_mark.line + 1}, {dotted((*place, key))}"
+                problems.append(TdroError(f"the key {key!r} is given twice", where=where, remedy="remove one of them"))
+            values[key] = _value(loader, value_node, (*place, key), file, places, problems, depth + 1)
+            places[(*place, key)] = f"{file}:{key_node.start_mark.line + 1}"
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(loader, n, (*place, i), file, places, problems, depth + 1) for i, n in enumerate(node.value)]
+    try:
+        return loader.construct_object(node, deep=True)
+    except ValueError as error:
+        raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
+
+
+def _choose_strategy(values: dict, places: dict[Place, str], name: str) -> None:
+    transfer = values.setdefault("transfer", {})
+    if isinstance(transfer, dict):
+        chosen = transfer.get("strategy")
+        if name != (chosen.get("name") if isinstance(chosen, dict) else chosen):
+            transfer["strategy"] = {"name": name}  # another strategy's options would not fit
+            places[("transfer", "strategy")] = places[("transfer", "strategy", "name")] = "--strategy"
+
+
+def _override(values: Any, override: str, places: dict[Place, str], problems: list[TdroError]) -> None:
+    key, equals, text = override.partition("=")
+    origin = f"--set {override}"
+    parts: list[str | int] = [int(part) if part.isdigit() else part for part in key.split(".")]
+    if not equals or not all(part != "" for part in parts):
+        problems.append(TdroError(f"--set {override!r} is not key.path=value", remedy="for instance --set seed=7"))
+        return
+    value = _parse(text, origin, places, problems, tuple(parts))
+    target: Any = values
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(target, dict):
+            part = str(part)
+            if last:
+                target[part] = value
+            else:
+                if isinstance(target.get(part), str) and parts[depth + 1] in ("options", "name"):
+                    target[part] = {"name": target[part]}  # a bare plugin name gets options
+                if not isinstance(target.get(part), dict | list):
+                    target[part] = {}
+                target = target[part]
+        elif isinstance(target, list) and isinstance(part, str):
+            named = [i for i, item in enumerate(target) if isinstance(item, dict) and item.get("name") == part]
+            if not named:
+                names = [str(item.get("name")) for item in target if isinstance(item, dict)]
+                problems.append(TdroError(f"nothing is named {part!r}", where=origin, remedy=did_you_mean(part, names)))
+                return
+            part = parts[depth] = named[0]
+        if isinstance(target, list):
+            if not isinstance(part, int) or part >= len(target):
+                problems.append(TdroError(f"there is no item {part}", where=origin, remedy=f"0 to {len(target) - 1}"))
+                return
+            if last:
+                target[part] = value
+            else:
+                target = target[part]
+    places[tuple(parts)] = origin
+
+
+def _tasks_from_file(values: dict, places: dict[Place, str], problems: list[TdroError]) -> None:
+    """`tasks: FILE` stands for the list in FILE."""
+    tasks = values.get("tasks")
+    if isinstance(tasks, str):
+        holder = {"tasks": tasks}
+        _expand(holder, (), places, problems)
+        try:
+            listed = _parse(read_text(Path(holder["tasks"])), holder["tasks"], places, problems, ("tasks",))
+        except TdroError as error:
+            problems.append(TdroError(error.message, where=_where(places, ("tasks",)), remedy=error.remedy))
+            listed = None
+        values["tasks"] = listed.get("tasks") if isinstance(listed, dict) else listed
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expand(value: Any, place: Place, places: Mapping[Place, str], problems: list[TdroError]) -> Any:
+    """Replaces ${NAME} and ${NAME:-default} in every string, in place."""
+    if isinstance(value, dict):
+        for key in value:
+            value[key] = _expand(value[key], (*place, key), places, problems)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            value[index] = _expand(item, (*place, index), places, problems)
+    elif isinstance(value, str):
+        for name, default in _VARIABLE.findall(value):
+            if name not in os.environ and f"${{{name}:-" not in value:
+                problems.append(
+                    TdroError(
+                        f"the environment variable {name} is not set",
+                        where=_where(places, place),
+                        remedy=f"set it, for instance `export {name}=/a/folder`",
+                    )
+                )
+        return _VARIABLE.sub(lambda match: os.environ.get(match[1], match[2] or ""), value)
+    return value
+
+
+# ---- checking ----
+
+
+def _fields(place: Place) -> Iterator[tuple[str | int, Any]]:
+    """The models along a key path: (key, the section that should hold it)."""
+    section: Any = Recipe
+    for key in place:
+        yield key, section
+        if isinstance(section, type) and issubclass(section, Section) and key in section.model_fields:
+            section = _inner(section.model_fields[key].annotation)
+        elif not isinstance(key, int):
+            section = None
+
+
+def _inner(annotation: Any) -> Any:
+    """The section inside X | None, list[X] or Annotated[X]."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation
+    for argument in typing.get_args(annotation):
+        inner = _inner(argument)
+        if isinstance(inner, type) and issubclass(inner, Section):
+            return inner
+    return None
+
+
+def _explain(detail: Mapping[str, Any], places: Mapping[Place, str]) -> TdroError:
+    """A pydantic error in our words."""
+    place, kind, given = tuple(detail["loc"]), detail["type"], detail.get("input")
+    where = _where(places, place)
+    key = place[-1] if place else "recipe"
+    section = list(_fields(place))[-1][1] if place else Recipe
+    valid = list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
+    if kind == "extra_forbidden":
+        return TdroError(f"unknown key {key!r}", where=where, remedy=did_you_mean(str(key), valid))
+    if kind == "missing":
+        return TdroError(f"the key {key!r} is missing", where=where, remedy=f"add `{key}:` there")
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if kind == "literal_error" and isinstance(given, str):
+        expected = [choice for choice in re.findall(r"'([^']*)'", detail["ctx"]["expected"])]
+        return TdroError(f"{key} can't be {given!r}", where=where, remedy=did_you_mean(given, expected))
+    shown = repr(given) if isinstance(given, str | int | float | bool | None) else f"a {type(given).__name__}"
+    return TdroError(f"{key} can't be {shown[:80]}: {message}", where=where, remedy=f"the value {message}")
+
+
+def _choices(values: Mapping) -> Iterator[tuple[str, Place, Any]]:
+    """Every plugin choice that a recipe's raw values hold: (kind, place, choice)."""
+    if isinstance(values.get("backbone"), dict):
+        backbone = {key: values["backbone"][key] for key in ("name", "options") if key in values["backbone"]}
+        yield "backbones", ("backbone",), _choice(backbone, "auto")
+    for name, field in Recipe.model_fields.items():
+        section, raw = _inner(field.annotation), values.get(name)
+        if not (isinstance(raw, dict) and isinstance(section, type) and issubclass(section, Section)):
+            continue
+        for key, inner in section.model_fields.items():
+            kind, default = _plugin_kind(inner)
+            if kind and isinstance(raw.get(key), list):
+                for index, item in enumerate(raw[key]):
+                    yield kind, (name, key, index), _choice(item, default)
+            elif kind and raw.get(key) is not None:
+                yield kind, (name, key), _choice(raw[key], default)
+
+
+def _plugin_kind(field: Any) -> tuple[str | None, str | None]:
+    """The kind and the default name of a field that `_plugin` typed."""
+    annotations = [field, *typing.get_args(field.annotation), *(field.metadata or [])]
+    for item in annotations:
+        for candidate in [item, *getattr(item, "__metadata__", ())]:
+            extra = getattr(candidate, "json_schema_extra", None)
+            if isinstance(extra, dict) and "plugin_kind" in extra:
+                return extra["plugin_kind"], extra["plugin_default"]
+    return None, None
+
+
+def _plugin_problems(values: Mapping, places: Mapping[Place, str]) -> list[TdroError]:
+    problems: list[TdroError] = []
+    for kind, place, choice in _choices(values):
+        if not isinstance(choice, dict) or not isinstance(choice.get("name"), str):
+            continue  # the structure is wrong, and has been reported
+        options = choice.get("options", {})
+        if isinstance(options, dict):
+            try:
+                registry.resolve(kind, choice["name"], options, where=dotted(place))
+            except TdroError as error:
+                faults = error.errors if isinstance(error, Problems) else [error]
+                problems += [_placed(fault, place, places) for fault in faults]
+    return problems
+
+
+def _placed(error: TdroError, place: Place, places: Mapping[Place, str]) -> TdroError:
+    """A registry's error, whose `where` is a dotted place, with the line put before it."""
+    rest = (error.where or dotted(place)).removeprefix(dotted(place)).strip(".").split(".")
+    return TdroError(error.message, where=_where(places, (*place, *filter(None, rest))), remedy=error.remedy)
+
+
+def _task_problems(values: Mapping, places: Mapping[Place, str]) -> list[TdroError]:
+    problems, seen = [], set()
+    tasks = values.get("tasks")
+    for index, task in enumerate(tasks if isinstance(tasks, list) else []):
+        if not isinstance(task, dict):
+            continue
+        name, path = task.get("name"), task.get("path")
+        if isinstance(name, str):
+            if name in seen:
+                where = _where(places, ("tasks", index, "name"))
+                problems.append(TdroError(f"two tasks are named {name!r}", where=where, remedy="rename one of them"))
+            seen.add(name)
+        if isinstance(path, str) and not os.path.isfile(path) and "${" not in path:
+            problems.append(_missing_file(path, _where(places, ("tasks", index, "path"))))
+    return problems
+
+
+def _missing_file(path: str, where: str) -> TdroError:
+    beside = Path(where.rsplit(":", 1)[0]).parent / path
+    remedy = (
+        f"it lies beside the recipe: run from {beside.parent}, or write the path {beside}"
+        if beside.is_file()
+        else f"paths are relative to the working directory, {os.getcwd()}"
+    )
+    return TdroError(f"there is no file {path}", where=where, remedy=remedy)
+
+
+def dotted(place: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in place)
+
+
+def _where(places: Mapping[Place, str], place: Sequence[str | int]) -> str:
+    """'FILE:LINE, key.path' of a place, or of the nearest section above it."""
+    place = tuple(place)
+    for length in range(len(place), -1, -1):
+        if place[:length] in places:
+            return f"{places[place[:length]]}, {dotted(place)}" if place else places[()]
+    return dotted(place)
+
+
+def _order(error: TdroError) -> tuple[str, int]:
+    file, _, line = (error.where or "").split(",")[0].rpartition(":")
+    return file, int(line) if line.isdigit() else 0
+
+
+# ---- the recipes that come with tdro ----
+
+
+def _shipped_folder() -> Path:
+    """Beside the package in a source tree, inside it when installed from a wheel."""
+    package = Path(__file__).parent
+    inside = package / "_recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def shipped() -> dict[str, str]:
+    """Names of the shipped recipes, with the first line of each."""
+    folder = _shipped_folder()
+    names = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        name = str(path.relative_to(folder).with_suffix(""))
+        if not name.startswith("tasks/"):
+            names[name] = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+    return names
+
+
+def copy_shipped(name: str, to: Path) -> None:
+    """Raises TdroError for an unknown name, or if `to` exists."""
+    if name not in shipped():
+        raise TdroError(f"no recipe {name!r} comes with tdro", remedy=did_you_mean(name, shipped()))
+    if to.exists():
+        raise TdroError(f"{to} exists", remedy="name another file")
+    from tdro_cli.artifacts import write_text
+
+    write_text(to, (_shipped_folder() / f"{name}.yaml").read_text(encoding="utf-8"))

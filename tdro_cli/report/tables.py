@@ -1,0 +1,308 @@
+"""What a command shows at its end: tables on a terminal, the same as plain values for --json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tdro_cli import artifacts
+from tdro_cli.run.plan import Plan
+
+
+def complete(plan: Plan) -> bool:
+    return artifacts.is_complete(plan.out)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=int(os.environ.get("COLUMNS", 120)))
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+    """A table whose first column is text and whose others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(
+            column, justify="left" if number == 0 else "right", overflow="fold" if number == 0 else "ellipsis"
+        )
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
+
+
+# ---- results ----
+
+
+def results(plans: Mapping[str, Plan], stages: Sequence[str]) -> dict[str, Any]:
+    """The files that sum up the stages asked for, as they are."""
+    files = {
+        "mine": "audit.json",
+        "dedup": "summary.json",
+        "train-ref": "training.json",
+        "learn-weights": "weights.json",
+        "transfer": "sampling.json",
+        "finetune": "training.json",
+        "eval": "comparison.json",
+    }
+    found = {}
+    for stage in stages:
+        if stage in plans and stage in files and (plans[stage].out / files[stage]).is_file():
+            found[stage] = artifacts.read_json(plans[stage].out / files[stage])
+    return found
+
+
+def print_results(plans: Mapping[str, Plan], stages: Sequence[str]) -> None:
+    console = _console()
+    several = len(stages) > 1
+    for stage in stages:
+        if stage not in plans:
+            continue
+        out = plans[stage].out
+        if stage == "mine" and not several:
+            print_mining(console, out)
+        elif stage == "dedup" and not several:
+            print_dedup(console, out)
+        elif stage in ("train-ref", "finetune") and not several:
+            print_training(console, stage, out)
+        elif stage == "learn-weights" and not several:
+            print_weights(console, out)
+        elif stage == "transfer":
+            print_sampling(console, out)
+        elif stage == "eval":
+            print_measures(console, out)
+    console.print("[bold]Where everything lies[/bold]")
+    for stage, plan in plans.items():
+        if stage in stages:
+            console.print(f"  {stage:14} {plan.out}", soft_wrap=True)
+    if "learn-weights" in plans and "learn-weights" in stages:
+        console.print(f"  {'figure':14} {plans['learn-weights'].out / 'weights.png'}", soft_wrap=True)
+
+
+def print_mining(console: Any, out: Path) -> None:
+    audit = artifacts.read_json(out / "audit.json")
+    rows = [
+        [name, f"{task['rows']:,}", task["negatives"]["fewer"], task["negatives"]["none"]]
+        for name, task in audit["tasks"].items()
+        if isinstance(task.get("negatives"), dict)
+    ]
+    console.print(_table("Hard negatives", ["task", "rows", "rows with too few", "rows without any"], rows))
+
+
+def print_dedup(console: Any, out: Path) -> None:
+    summary = artifacts.read_json(out / "summary.json")
+    collections = sorted({name for task in summary["tasks"].values() for name in task["duplicates"]})
+    rows = [
+        [name, f"{task['rows']:,}", *(task["duplicates"].get(c, 0) for c in collections), f"{task['kept']:,}"]
+        for name, task in summary["tasks"].items()
+    ]
+    console.print(_table("Rows that repeat a test query", ["task", "rows", *collections, "kept"], rows))
+
+
+def print_training(console: Any, stage: str, out: Path) -> None:
+    training = artifacts.read_json(out / "training.json")
+    rows = [
+        [name, f"{training['rows'][name]:,}", f"{seen:,}", f"{training['epochs'][name]:.2f}"]
+        for name, seen in training["queries_seen"].items()
+    ]
+    console.print(_table(f"{stage}: {training['steps']} steps", ["task", "rows", "queries seen", "epochs"], rows))
+
+
+def print_weights(console: Any, out: Path) -> None:
+    weights = artifacts.read_json(out / "weights.json")
+    summary = artifacts.read_json(out / "summary.json")
+    uniform = 1 / len(weights["tasks"])
+    rows = []
+    for name, task in sorted(weights["tasks"].items(), key=lambda item: -item[1]["weight"]):
+        facts = summary["tasks"][name]
+        rows.append(
+            [
+                name,
+                f"{task['size']:,}",
+                f"{facts['proxy_loss']:.3f}",
+                _number(facts["reference_loss"]),
+                _number(facts["measurement"])
+                + (f" ± {facts['standard_error']:.2g}" if facts["standard_error"] else ""),
+                f"{task['weight']:.4f}",
+                f"{task['mean']:.4f}",
+                f"{task['weight'] / uniform:.2f} ×",
+                "█" * round(20 * task["weight"] / max(t["weight"] for t in weights["tasks"].values())),
+            ]
+        )
+    columns = [
+        "task",
+        "size",
+        "proxy",
+        "reference",
+        f"{weights['loss_measurement']} ± s.e.",
+        "α",
+        "mean α",
+        "of uniform",
+        "",
+    ]
+    console.print(_table(f"Task weights after {weights['steps']} steps", columns, rows))
+    print_counterfactual(console, weights, summary)
+    console.print(f"  effective number of tasks: {summary['effective_tasks']:.1f} of {len(weights['tasks'])}")
+    console.print(f"  {summary['convergence']['words']}")
+    console.print(
+        f"  the largest measurement of a step carries {summary['top_share']:.0%} of the squared norm on average"
+    )
+    for warning in summary["warnings"]:
+        console.print(f"  [yellow]warning:[/yellow] {warning}")
+
+
+def print_counterfactual(console: Any, weights: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    designs = summary["counterfactual"]
+    if designs:
+        rows = [
+            [name, f"{task['weight']:.4f}", *(f"{design[name]:.4f}" for design in designs.values())]
+            for name, task in sorted(weights["tasks"].items(), key=lambda item: -item[1]["weight"])
+        ]
+        short = [name.replace("relative, ", "").replace("relative_", "") for name in designs]
+        console.print(
+            _table("α that the same losses give under other measurements", ["task", "this run", *short], rows)
+        )
+
+
+def print_sampling(console: Any, out: Path) -> None:
+    plan = artifacts.read_json(out / "sampling.json")
+    rows = []
+    for name, task in sorted(plan["tasks"].items(), key=lambda item: -item[1]["probability"]):
+        weight = "" if task["weight"] is None else f"{task['weight']:.4f}"
+        rows.append(
+            [
+                name,
+                f"{task['size']:,}",
+                weight,
+                f"{task['probability']:.4f}",
+                f"{task['draws']:,.0f}",
+                f"{task['epochs']:.2f}",
+            ]
+        )
+    options = ", ".join(f"{key} {value}" for key, value in plan["options"].items())
+    title = f"Sampling plan: {plan['strategy']}{f' ({options})' if options else ''}"
+    console.print(_table(title, ["task", "size", "α", "probability", "draws", "real epochs"], rows))
+    console.print(
+        f"  {len(plan['tasks'])} tasks, {plan['data_used']:.0%} of the data in use, {plan['draws']:,} draws\n"
+    )
+
+
+def print_measures(console: Any, out: Path) -> None:
+    from tdro_cli.retrieve.evaluation import comparison_table
+
+    for title, columns, rows in comparison_table(artifacts.read_json(out / "comparison.json")):
+        console.print(_table(title, columns, rows))
+
+
+def print_sample(folder: Path, written: Mapping[str, Any]) -> None:
+    console = _console()
+    console.print(_table(f"Training tasks in {folder / 'tasks'}", ["task", "rows"], list(written["tasks"].items())))
+    rows = [[name, c["documents"], c["queries"]] for name, c in written["collections"].items()]
+    console.print(_table(f"Test collections in {folder / 'collections'}", ["collection", "documents", "queries"], rows))
+
+
+def print_plugins(listed: Sequence[Mapping[str, Any]]) -> None:
+    from tdro_cli import registry
+
+    console = _console()
+    for kind in registry.KINDS:
+        rows = [
+            [
+                row["name"],
+                f"{row['distribution']} {row['version']}",
+                row.get("fault") or ", ".join(f"{name} = {value}" for name, value in row["options"].items()) or "-",
+            ]
+            for row in listed
+            if row["kind"] == kind
+        ]
+        table = _table(kind, ["name", "distribution", "options"], rows)
+        for column in table.columns:
+            column.justify, column.overflow = "left", "fold"
+        console.print(table)
+
+
+# ---- plans ----
+
+
+def describe(plans: Mapping[str, Plan]) -> dict[str, Any]:
+    """What the stages would do: {stage: {"status", "folder", ...}} and the data as it is now."""
+    from tdro_cli.run.plan import open_tasks
+
+    recipe = next(iter(plans.values())).settings()
+    cache = Path(next(iter(plans.values())).cache)
+    stores = open_tasks(recipe, {task.name: task.path for task in recipe.tasks}, cache)
+    tasks = {
+        name: {"rows": len(store), "format": store.format, "bytes": Path(store.path).stat().st_size, **store.facts}
+        for name, store in stores.items()
+    }
+    stages = {}
+    for stage, plan in plans.items():
+        stages[stage] = {
+            "status": "complete" if complete(plan) else "to do",
+            "folder": plan.folder,
+            "digest": plan.digest,
+        }
+        section = getattr(recipe, stage.replace("-", "_"), None)
+        if stage in ("train-ref", "learn-weights", "finetune"):
+            queries = section.steps * section.batch.queries
+            stages[stage] |= {
+                "steps": section.steps,
+                "queries_per_step": section.batch.queries,
+                "texts_per_step": section.batch.queries * (1 + section.batch.passages_per_query),
+                "queries": queries,
+            }
+            if stage != "finetune":
+                kept = _share_kept(recipe, stage)
+                stages[stage]["epochs"] = {
+                    name: queries / len(tasks) / max(1.0, kept * task["rows"]) for name, task in tasks.items()
+                }
+            elif "transfer" in plans and complete(plans["transfer"]):
+                sampling = artifacts.read_json(plans["transfer"].out / "sampling.json")
+                stages[stage]["epochs"] = {name: task["epochs"] for name, task in sampling["tasks"].items()}
+    return {"recipe": recipe.name, "tasks": tasks, "stages": stages}
+
+
+def _share_kept(recipe: Any, stage: str) -> float:
+    """The share of a task's rows that a stage uses."""
+    fraction = recipe.train_ref.hold_out
+    if stage == "train-ref":
+        return 1 - fraction
+    return fraction if fraction > 0 and recipe.learn_weights.rows == "held_out" else 1.0
+
+
+def print_plans(description: Mapping[str, Any]) -> None:
+    console = _console()
+    epochs = {stage: facts["epochs"] for stage, facts in description["stages"].items() if "epochs" in facts}
+    rows = [
+        [
+            name,
+            f"{task['rows']:,}",
+            task["format"],
+            _bytes(task["bytes"]),
+            *(f"{by_task[name]:.2f}" if name in by_task else "-" for by_task in epochs.values()),
+        ]
+        for name, task in description["tasks"].items()
+    ]
+    columns = ["task", "rows now", "format", "file", *(f"epochs, {stage}" for stage in epochs)]
+    console.print(_table(f"Plan of {description['recipe']}", columns, rows))
+    for stage, facts in description["stages"].items():
+        work = f", {facts['steps']} steps × {facts['texts_per_step']:,} texts" if "steps" in facts else ""
+        console.print(f"  {stage:14} {facts['status']}{work}: {facts['folder']}", soft_wrap=True)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,447 @@
+"""Fingerprints of many texts at once, and indexes that find near ones: SimHash and MinHash.
+
+Q texts, H held-out texts, S shingles, P permutations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+WIDTH = 4  # characters of a shingle
+MAX_CHARACTERS = 0xFFFE  # distinct ones that a table can name with 16 bits; 0 pads, 0xFFFF marks an empty slot
+EMPTY = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+MULTIPLIER = np.uint64(0x9E37_79B9_7F4A_7C15)  # 2**64 / golden ratio: Fibonacci hashing
+MIN_BITS, MAX_BITS = 16, 22  # slots of a shingle table; at the most 64 MB
+MD5_START = [np.uint32(word) for word in (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476)]
+MD5_CONSTANTS = [np.uint32(int(abs(math.sin(step + 1)) * 2**32)) for step in range(64)]
+MD5_SHIFTS = ((7, 12, 17, 22), (5, 9, 14, 20), (4, 11, 16, 23), (6, 10, 15, 21))
+MD5_BLOCK = 8192  # messages hashed together: their words stay in the processor's cache
+CHINESE = re.compile("[㐀-䶿一-鿿]")
+
+
+def release_text(text: str) -> str:
+    """What the paper's release gives to its SimHash: without underscores, Chinese cut into words by jieba.
+
+    The cut only adds spaces, which the hash drops again. It changes one thing: a capital Σ that ends a word is
+    lower-cased to ς, and the cut moves ends of words. So jieba runs only where a text holds both.
+    """
+    if "_" in text:
+        text = text.replace("_", "")
+    if "Σ" in text and CHINESE.search(text):
+        import jieba
+
+        jieba.setLogLevel(60)  # it reports on standard error that it loads its dictionary
+        text = " ".join(jieba.lcut(text))
+    return text
+
+
+def plain_fingerprint(text: str) -> int:
+    """The SimHash of one text, by the rule's own words: what `SimHasher` must equal."""
+    kept = "".join(character for character in release_text(text).lower() if character.isalnum())
+    shingles = [kept[i : i + WIDTH] for i in range(max(len(kept) - WIDTH + 1, 1))]
+    counts = [0] * 64
+    for shingle in shingles:
+        value = int.from_bytes(hashlib.md5(shingle.encode(), usedforsecurity=False).digest()[-8:], "big")
+        for bit in range(64):
+            counts[bit] += value >> bit & 1
+    return sum(1 << bit for bit in range(64) if counts[bit] * 2 > len(shingles))
+
+
+class SimHasher:
+    """SimHash of the paper's release, by whole chunks of texts.
+
+    Underscores go, letters become lower-case, only letters and digits (`str.isalnum`: no combining marks) stay; all
+    windows of 4 characters, counted, each hashed by the last 8 bytes of its MD5; a bit is set where strictly more than
+    half of the windows have it. Each distinct window is hashed once and remembered, so memory is bounded by the table
+    (64 MB), the longest text, and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self.is_kept = _is_letter_or_digit()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.id_of = np.zeros(0x110000, np.uint16)
+        self.utf8_of = np.zeros(MAX_CHARACTERS + 1, np.uint32)
+        self.utf8_length_of = np.zeros(MAX_CHARACTERS + 1, np.uint64)
+        self.num_characters = 0
+        self.table = ShingleTable()
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Fingerprints [Q] uint64."""
+        if not texts:
+            return np.empty(0, np.uint64)
+        joined = "\n".join(texts)
+        if "_" in joined or "Σ" in joined or "İ" in joined:  # İ alone becomes two characters
+            texts = [release_text(text).lower() for text in texts]
+            joined = "\n".join(texts)
+        code = np.frombuffer((joined.lower() + "\n").encode("utf-32-le", "surrogatepass"), np.uint32)
+        length = np.fromiter(map(len, texts), np.int64, len(texts)) + 1  # with the line break, which is dropped
+        kept = self.is_kept[code]
+        num_kept = sums_of_runs(kept, length)
+        character = self._character_ids(code[kept])
+        if character is None:
+            return self._in_halves(texts)
+        key, num_shingles = _shingle_keys(character, num_kept)
+        return _majority(self.table.hashes(key, self._md5_tails), num_shingles)
+
+    def _in_halves(self, texts: Sequence[str]) -> np.ndarray:
+        """For texts of more distinct characters than 16 bits can name."""
+        if len(texts) == 1:
+            return np.array([plain_fingerprint(texts[0])], np.uint64)
+        middle = len(texts) // 2
+        return np.concatenate([self(texts[:middle]), self(texts[middle:])])
+
+    def _character_ids(self, code: np.ndarray) -> np.ndarray | None:
+        """Numbers from 1 for characters, in the order of their coming; None if there are too many at once."""
+        character = self.id_of[code]
+        if character.all():
+            return character
+        new = np.unique(code[character == 0])
+        if self.num_characters + len(new) > MAX_CHARACTERS:
+            self._forget()
+            new = np.unique(code)
+            if len(new) > MAX_CHARACTERS:
+                return None
+        first = self.num_characters + 1
+        self.num_characters += len(new)
+        self.id_of[new] = np.arange(first, first + len(new))
+        encoded = [chr(code).encode() for code in new.tolist()]
+        self.utf8_of[first : first + len(new)] = [int.from_bytes(one, "little") for one in encoded]
+        self.utf8_length_of[first : first + len(new)] = [len(one) for one in encoded]
+        return self.id_of[code]
+
+    def _md5_tails(self, key: np.ndarray) -> np.ndarray:
+        """The last 8 bytes of the MD5 of each shingle's UTF-8."""
+        characters = key.view(np.uint16).reshape(-1, WIDTH)
+        message = np.zeros((2, len(key)), np.uint64)
+        length = np.zeros(len(key), np.uint64)
+        for column in characters.T:
+            _append(message, length, self.utf8_of[column])
+            length += self.utf8_length_of[column]
+        return md5_tails(message, length)
+
+
+def _append(message: np.ndarray, length: np.ndarray, word: np.ndarray) -> None:
+    """Puts the 4 bytes of each word behind the first `length` bytes of its 16-byte message [2, S], in place."""
+    word, bits = word.astype(np.uint64), length * np.uint64(8)
+    half = np.uint64(64)
+    message[0] |= word << bits  # NumPy shifts of 64 bits or more give 0
+    message[1] |= np.where(bits >= half, word << (bits - half), word >> (half - bits))
+
+
+def md5_tails(message: np.ndarray, length_S: np.ndarray) -> np.ndarray:
+    """The last 8 bytes, in that order, of the MD5 (RFC 1321) of messages of at most 16 bytes: [S] uint64.
+
+    `message` [2, S] uint64 holds the bytes, the first one lowest, and zeros behind them.
+    """
+    message = message.copy()
+    _append(message, length_S, np.full(len(length_S), 0x80, np.uint32))
+    tails = np.empty(len(length_S), np.uint64)
+    for low in range(0, len(tails), MD5_BLOCK):
+        part = slice(low, low + MD5_BLOCK)
+        tails[part] = _md5_block(message[:, part], length_S[part])
+    return tails
+
+
+def _md5_block(message: np.ndarray, length_S: np.ndarray) -> np.ndarray:
+    low_half = np.uint64(0xFFFF_FFFF)
+    words = {2 * i: (message[i] & low_half).astype(np.uint32) for i in range(2)}
+    words |= {2 * i + 1: (message[i] >> np.uint64(32)).astype(np.uint32) for i in range(2)}
+    words[4] = np.where(length_S == 16, np.uint32(0x80), np.uint32(0))  # the end mark of a message of 16 bytes
+    words[14] = (length_S * np.uint64(8)).astype(np.uint32)
+    a, b, c, d = (np.full(len(length_S), start, np.uint32) for start in MD5_START)
+    for step in range(64):
+        turn = step // 16
+        if turn == 0:
+            mixed, index = d ^ (b & (c ^ d)), step
+        elif turn == 1:
+            mixed, index = c ^ (d & (b ^ c)), (5 * step + 1) % 16
+        elif turn == 2:
+            mixed, index = b ^ c ^ d, (3 * step + 5) % 16
+        else:
+            mixed, index = c ^ (b | ~d), 7 * step % 16
+        mixed += a
+        mixed += MD5_CONSTANTS[step]
+        if index in words:
+            mixed += words[index]
+        shift = MD5_SHIFTS[turn][step % 4]
+        turned = mixed << np.uint32(shift)
+        turned |= mixed >> np.uint32(32 - shift)
+        turned += b
+        a, b, c, d = d, turned, b, c
+    c, d = c + MD5_START[2], d + MD5_START[3]
+    return (c.astype(np.uint64) | d.astype(np.uint64) << np.uint64(32)).astype("<u8").view(np.uint64)
+
+
+def sums_of_runs(value: np.ndarray, length_Q: np.ndarray) -> np.ndarray:
+    """Sums over consecutive runs of the given lengths, which may be 0: [Q] int64."""
+    start = np.cumsum(length_Q) - length_Q
+    return np.add.reduceat(np.append(value, 0), start, dtype=np.int64) * (length_Q > 0)
+
+
+def _is_letter_or_digit() -> np.ndarray:
+    """For every code point, whether the pattern \\w keeps it (underscores are gone before)."""
+    return np.fromiter(map(str.isalnum, map(chr, range(0x110000))), bool, 0x110000)
+
+
+def _shingle_keys(character: np.ndarray, length_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All windows of 4 characters as 64-bit keys [S], text after text, and their number per text [Q].
+
+    A text of fewer characters is one window, padded with 0.
+    """
+    short = length_Q < WIDTH
+    if short.any():
+        pad = np.where(short, WIDTH - length_Q, 0)
+        padded = np.zeros(len(character) + int(pad.sum()), np.uint16)
+        padded[np.arange(len(character)) + np.repeat(np.cumsum(pad) - pad, length_Q)] = character
+        character, length_Q = padded, length_Q + pad
+    wide = character.astype(np.uint64)
+    pair = wide[:-1] | wide[1:] << np.uint64(16)
+    key = pair[:-2] | pair[2:] << np.uint64(32)
+    inside = np.ones(len(character), bool)
+    last = np.cumsum(length_Q)
+    for back in range(1, WIDTH):
+        inside[last - back] = False
+    return key[inside[: len(key)]], length_Q - (WIDTH - 1)
+
+
+def _majority(hash_S: np.ndarray, num_shingles_Q: np.ndarray) -> np.ndarray:
+    """Bitwise majority of each text's hashes: [Q] uint64.
+
+    The bits of a hash become 64 bytes, added eight at a time as 64-bit words: exact for 255 hashes, so longer texts are
+    added in pieces.
+    """
+    piece, block = 255, 1024
+    num_pieces = -(-num_shingles_Q // piece)
+    first_piece = np.cumsum(num_pieces) - num_pieces
+    start = np.cumsum(num_shingles_Q) - num_shingles_Q
+    if len(start) < num_pieces.sum():
+        index = np.arange(num_pieces.sum()) - np.repeat(first_piece, num_pieces)
+        start = np.repeat(start, num_pieces) + index * piece
+    count = np.empty((len(start), 8), np.uint64)
+    for low in range(0, len(start), block):
+        high = start[low + block] if low + block < len(start) else len(hash_S)
+        bits = np.unpackbits(hash_S[start[low] : high].view(np.uint8)).view(np.uint64).reshape(-1, 8)
+        np.add.reduceat(bits, start[low : low + block] - start[low], axis=0, out=count[low : low + block])
+    count = count.view(np.uint8)
+    if len(start) > len(num_shingles_Q):
+        count = np.add.reduceat(count.astype(np.int64), first_piece, axis=0)
+    set_bits = np.packbits(count > (num_shingles_Q // 2)[:, None], axis=1)
+    return set_bits.view(">u8")[:, 0].astype(np.uint64)
+
+
+class ShingleTable:
+    """Remembers the MD5 tails of shingles by key: open addressing, at most half full, emptied when it can't grow."""
+
+    def __init__(self) -> None:
+        self._clear(MIN_BITS)
+
+    def _clear(self, bits: int) -> None:
+        self.bits, self.used = bits, 0
+        self.keys = np.full(1 << bits, EMPTY)
+        self.values = np.zeros(1 << bits, np.uint64)
+
+    def hashes(self, key_S: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """The hash of each shingle: [S] uint64. `compute(keys)` gives those of keys that are new."""
+        slot, absent = self._find(key_S)
+        value = self.values[slot]
+        if len(absent):
+            new, where = np.unique(key_S[absent], return_inverse=True)
+            tails = compute(new)
+            value[absent] = tails[where]
+            self._remember(new, tails)
+        return value
+
+    def _slots(self, key: np.ndarray) -> np.ndarray:
+        return (key * MULTIPLIER >> np.uint64(64 - self.bits)).astype(np.int64)
+
+    def _find(self, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The slot of each key, and the indices of those that have none."""
+        slot = self._slots(key)
+        absent = []
+        pending = np.flatnonzero(self.keys[slot] != key)
+        while len(pending):
+            here = self.keys[slot[pending]]
+            absent.append(pending[here == EMPTY])
+            pending = pending[(here != EMPTY) & (here != key[pending])]
+            slot[pending] = (slot[pending] + 1) & (len(self.keys) - 1)
+        return slot, np.concatenate(absent) if absent else np.empty(0, np.int64)
+
+    def _remember(self, key: np.ndarray, value: np.ndarray) -> None:
+        """Adds distinct new keys."""
+        if self.used + len(key) > len(self.keys) // 2:
+            old = self.keys != EMPTY
+            old_keys, old_values = self.keys[old], self.values[old]
+            bits = max(self.bits, (2 * (self.used + len(key)) - 1).bit_length())
+            if bits > MAX_BITS:
+                self._clear(MAX_BITS)
+                key, value = key[: len(self.keys) // 2], value[: len(self.keys) // 2]
+            else:
+                self._clear(bits)
+                self._insert(old_keys, old_values)
+        self._insert(key, value)
+
+    def _insert(self, key: np.ndarray, value: np.ndarray) -> None:
+        self.used += len(key)
+        slot = self._slots(key)
+        while len(key):
+            free = self.keys[slot] == EMPTY
+            self.keys[slot[free]] = key[free]  # of several that want a slot one wins; the others see it and go on
+            lost = self.keys[slot] != key
+            self.values[slot[~lost]] = value[~lost]
+            key, value, slot = key[lost], value[lost], (slot[lost] + 1) & (len(self.keys) - 1)
+
+
+class HammingIndex:
+    """Finds all fingerprints within `max_distance` bits.
+
+    Two such fingerprints agree in at least one of `max_distance + 1` bands of bits (Manku, Jain and Das Sarma 2007):
+    only those that do are compared, and none is missed.
+    """
+
+    def __init__(self, fingerprint_H: np.ndarray, max_distance: int):
+        if not 0 <= max_distance <= 15:
+            raise ValueError(f"max_distance must be in 0..15, got {max_distance}")
+        self.fingerprints, self.max_distance = np.asarray(fingerprint_H, np.uint64), max_distance
+        edges = [64 * band // (max_distance + 1) for band in range(max_distance + 2)]
+        self.bands = [(np.uint64(low), _ones(high - low)) for low, high in zip(edges, edges[1:], strict=False)]
+        self.sorted_bands = []
+        for shift, mask in self.bands:
+            value = self.fingerprints >> shift & mask
+            order = np.argsort(value, kind="stable")
+            occupied = np.zeros(1 << FILTER_BITS, bool)
+            occupied[value & _ones(FILTER_BITS)] = True
+            self.sorted_bands.append((value[order], order, occupied))
+
+    def pairs(self, fingerprint_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All (i, h, distance) with fingerprint_Q[i] near the index's h, sorted by i, then h: int64 arrays."""
+        found = [pairs for band in range(len(self.bands)) for pairs in self._pairs_of_band(fingerprint_Q, band)]
+        row, near, distance = (np.concatenate([part[k] for part in found] or [np.empty(0, np.int64)]) for k in range(3))
+        order = np.lexsort((near, row))
+        return row[order], near[order], distance[order]
+
+    def _pairs_of_band(self, fingerprint_Q: np.ndarray, band: int) -> Iterator[tuple[np.ndarray, ...]]:
+        shift, mask = self.bands[band]
+        ordered, order, occupied = self.sorted_bands[band]
+        value = fingerprint_Q >> shift & mask
+        row = np.flatnonzero(occupied[value & _ones(FILTER_BITS)])
+        low = np.searchsorted(ordered, value[row], "left")
+        count = np.searchsorted(ordered, value[row], "right") - low
+        for part in _blocks(count):
+            candidate_row, candidate = _expand(row[part], low[part], count[part], order)
+            different = fingerprint_Q[candidate_row] ^ self.fingerprints[candidate]
+            distance = np.bitwise_count(different).astype(np.int64)
+            near = distance <= self.max_distance
+            for earlier_shift, earlier_mask in self.bands[:band]:
+                near &= (different >> earlier_shift & earlier_mask) != 0  # that band has found it
+            yield candidate_row[near], candidate[near], distance[near]
+
+
+FILTER_BITS = 20
+MAX_CANDIDATES = 1 << 22  # compared at once
+
+
+def _ones(num_bits: int) -> np.uint64:
+    return np.uint64((1 << num_bits) - 1)
+
+
+def _blocks(count: np.ndarray) -> Iterator[slice]:
+    """Slices of rows of at most `MAX_CANDIDATES` candidates together, or of a single row."""
+    total, low = np.cumsum(count), 0
+    while low < len(count):
+        before = total[low - 1] if low else 0
+        high = max(int(np.searchsorted(total, before + MAX_CANDIDATES, "right")), low + 1)
+        yield slice(low, high)
+        low = high
+
+
+class MinHasher:
+    """MinHash signatures: the share of equal entries of two estimates the Jaccard similarity of their shingle sets."""
+
+    def __init__(self, num_permutations: int):
+        # the permutations are part of the method, not an option: the same texts always give the same candidates
+        generator = np.random.default_rng(2408_10613)
+        self.offset_P = generator.integers(0, 1 << 32, num_permutations, np.uint32)
+        self.factor_P = generator.integers(0, 1 << 31, num_permutations, np.uint32) * np.uint32(2) + np.uint32(1)
+
+    def __call__(self, shingles: Sequence[frozenset[str] | set[str]]) -> np.ndarray:
+        """Signatures [Q, P] uint32; a text without shingles gets all ones."""
+        signature_QP = np.full((len(shingles), len(self.factor_P)), 0xFFFF_FFFF, np.uint32)
+        filled = np.array([row for row, own in enumerate(shingles) if own], np.int64)
+        if not len(filled):
+            return signature_QP
+        length = np.fromiter((len(shingles[row]) for row in filled), np.int64, len(filled))
+        value_S = _shingle_values([shingle for row in filled for shingle in shingles[row]])
+        start = np.cumsum(length) - length
+        for p, (offset, factor) in enumerate(zip(self.offset_P, self.factor_P, strict=True)):
+            signature_QP[filled, p] = np.minimum.reduceat((value_S ^ offset) * factor, start)
+        return signature_QP
+
+
+def _shingle_values(shingles: Sequence[str]) -> np.ndarray:
+    """32 well-mixed bits of each shingle of at most 3 characters, the same on every machine: [S] uint32."""
+    padded = "".join([shingle.ljust(3, "\0") for shingle in shingles]).encode("utf-32-le", "surrogatepass")
+    code = np.frombuffer(padded, np.uint32).reshape(-1, 3).astype(np.uint64)
+    mixed = code[:, 0] | code[:, 1] << np.uint64(21) | code[:, 2] << np.uint64(42)
+    for factor in (0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB):  # the finaliser of SplitMix64
+        mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(factor)
+    return (mixed >> np.uint64(32)).astype(np.uint32)
+
+
+def rows_per_band(threshold: float, num_permutations: int, recall: float = 0.999) -> int:
+    """The most rows a band of a MinHash index can have and still meet pairs at `threshold` with that probability."""
+    for rows in range(num_permutations, 1, -1):
+        if 1 - (1 - threshold**rows) ** (num_permutations // rows) >= recall:
+            return rows
+    return 1
+
+
+class MinHashIndex:
+    """Candidates for being near: texts whose signatures agree in a whole band of entries."""
+
+    def __init__(self, signature_HP: np.ndarray, rows: int):
+        self.signatures, self.rows = signature_HP, rows
+        self.num_bands = signature_HP.shape[1] // rows
+        self.bands = []
+        for band in range(self.num_bands):
+            value = self._band(signature_HP, band)
+            order = np.argsort(value, kind="stable")
+            self.bands.append((value[order], order))
+
+    def _band(self, signature: np.ndarray, band: int) -> np.ndarray:
+        value = np.zeros(len(signature), np.uint64)
+        for column in range(band * self.rows, (band + 1) * self.rows):
+            value = (value ^ signature[:, column]) * MULTIPLIER
+            value ^= value >> np.uint64(29)
+        return value
+
+    def candidates(self, signature_QP: np.ndarray, least_estimate: float) -> tuple[np.ndarray, np.ndarray]:
+        """All (i, h) that share a band and whose estimated similarity is at least that, sorted by i, then h."""
+        found = [np.empty(0, np.int64)]
+        for band, (ordered, order) in enumerate(self.bands):
+            value = self._band(signature_QP, band)
+            low = np.searchsorted(ordered, value, "left")
+            count = np.searchsorted(ordered, value, "right") - low
+            met = np.flatnonzero(count)
+            for part in _blocks(count[met]):
+                row, near = _expand(met[part], low[met[part]], count[met[part]], order)
+                found.append(np.unique(row * len(self.signatures) + near))
+        pair = np.unique(np.concatenate(found))
+        row, near = np.divmod(pair, max(len(self.signatures), 1))
+        similar = np.empty(len(row), bool)
+        for low in range(0, len(row), 1 << 16):
+            part = slice(low, low + (1 << 16))
+            similar[part] = (signature_QP[row[part]] == self.signatures[near[part]]).mean(1) >= least_estimate
+        return row[similar], near[similar]
+
+
+def _expand(row: np.ndarray, low: np.ndarray, count: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row with every entry of its range low..low+count of `order`."""
+    offset = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    return np.repeat(row, count), order[np.repeat(low, count) + offset]

@@ -1,0 +1,212 @@
+"""All that knows DeepSpeed: one engine trains in every case, one process or many, CPU or GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tdro_cli import artifacts
+from tdro_cli.errors import RunFailed
+from tdro_cli.recipe import Optimizer
+from tdro_cli.run.distributed import World, free_port
+
+NO_CLIPPING = 1e30  # a threshold that never binds, but makes DeepSpeed report the gradient norm
+
+
+def deepspeed_config(given: Mapping[str, Any], optimizer: Optimizer, world_size: int) -> dict[str, Any]:
+    """The generated configuration with the recipe's keys merged over it; `zero_stage` stands for the long form."""
+    given = dict(given)
+    generated: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # micro-batches are cut by tokens; losses are normalised by us
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": world_size,
+        "gradient_clipping": optimizer.max_grad_norm or NO_CLIPPING,
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": given.pop("zero_stage", 0)},
+        "zero_allow_untested_optimizer": True,
+    }
+    return _merge(generated, given)
+
+
+def _merge(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+class Engine:
+    """A model in training. Gradients are sums over all ranks of what `backward` was given."""
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, deepspeed: Mapping[str, Any], world: World):
+        self.world = world
+        engine = _import_deepspeed(world)
+        fused = world.device.type in ("cuda", "cpu")
+        self._engine, *_ = engine.initialize(
+            model=module,
+            optimizer=torch.optim.AdamW(
+                parameter_groups(module, optimizer.weight_decay),
+                lr=optimizer.learning_rate,
+                betas=tuple(optimizer.betas),
+                eps=optimizer.eps,
+                fused=fused,
+            ),
+            config=deepspeed_config(deepspeed, optimizer, world.size),
+        )
+        self.zero_stage = self._engine.zero_optimization_stage()
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Adds the gradient of `loss`; with `last`, the next `step` applies the sum."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world.size)  # DeepSpeed averages over ranks
+
+    def step(self, learning_rate: float) -> float:
+        """Applies the gradient; returns its L2 norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside, the first rank sees all parameters, also where ZeRO 3 has scattered them. Every rank must enter."""
+        if self.zero_stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None):
+            yield
+
+    def save(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """A checkpoint that exists only when whole. `state`: what to carry beside the model, equal on all ranks."""
+        aside = folder.with_name(f".{folder.name}.partial")
+        if self.world.leads:
+            _remove(aside)
+            aside.mkdir(parents=True)
+        self.world.barrier()
+        self._engine.save_checkpoint(str(aside), tag="engine", save_latest=False, exclude_frozen_parameters=True)
+        torch.save({"random": _random_state(), "state": dict(state)}, aside / f"rank-{self.world.rank}.pt")
+        self.world.barrier()
+        if self.world.leads:
+            digests = {
+                str(p.relative_to(aside)): artifacts.digest_file(p) for p in sorted(aside.rglob("*")) if p.is_file()
+            }
+            artifacts.write_json(aside / artifacts.MANIFEST, {"ranks": self.world.size, "files": digests})
+            _remove(folder)
+            os.rename(aside, folder)
+        self.world.barrier()
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restores the engine and the random state; returns what `save` was given as `state`."""
+        verify(folder, self.world.size)
+        self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        saved = torch.load(folder / f"rank-{self.world.rank}.pt", weights_only=True)
+        _restore_random_state(saved["random"])
+        return saved["state"]
+
+
+def verify(folder: Path, ranks: int) -> None:
+    """Raises RunFailed unless the checkpoint's files are those that were written, by as many ranks."""
+    manifest = artifacts.manifest_of(folder)
+    if manifest["ranks"] != ranks:
+        raise RunFailed(
+            f"the checkpoint was written by {manifest['ranks']} processes and can't be continued by {ranks}",
+            where=str(folder),
+            remedy=f"run with {manifest['ranks']} processes again, or remove the folder checkpoints to start over",
+        )
+    for name, digest in manifest["files"].items():
+        if not (folder / name).is_file() or artifacts.digest_file(folder / name) != digest:
+            raise RunFailed(
+                f"the checkpoint is damaged: {name} is not the file that was written",
+                where=str(folder),
+                remedy="remove that checkpoint's folder; the run goes on from the one before it, or from the start",
+            )
+
+
+def newest_checkpoint(checkpoints: Path) -> Path | None:
+    """The whole checkpoint of the latest step."""
+    whole = [path for path in checkpoints.glob("step-*") if (path / artifacts.MANIFEST).is_file()]
+    return max(whole, key=lambda path: path.name, default=None)
+
+
+def keep_newest(checkpoints: Path, count: int) -> None:
+    for path in sorted(checkpoints.glob("step-*"))[:-count]:
+        _remove(path)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters, with weight decay on matrices only: none on biases and norms."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Dropout and the like: another stream on every rank."""
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+
+
+def _random_state() -> dict[str, Any]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _import_deepspeed(world: World) -> Any:
+    """DeepSpeed with its process group made, saying only what is wrong."""
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if not torch.distributed.is_initialized():
+            deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+    return deepspeed
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,253 @@
+"""From a recipe to frozen plans: what each stage reads, and the digest of all that changes its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tdro_cli import __version__, artifacts, registry
+from tdro_cli.errors import Problems, TdroError
+from tdro_cli.recipe import LoadedRecipe, PluginChoice, Recipe
+
+STAGES = ("mine", "dedup", "backbone", "train-ref", "learn-weights", "transfer", "finetune", "eval")
+DISTRIBUTED = ("train-ref", "learn-weights", "finetune")
+MODEL_STAGES = {"untrained": "backbone", "train_ref": "train-ref", "finetune": "finetune"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One stage of one experiment. `numbers` is what the digest covers; `inputs` are the outputs of earlier stages."""
+
+    stage: str
+    digest: str
+    folder: str
+    numbers: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    cache: str
+    tasks: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        return Path(self.folder) / "out"
+
+    def settings(self) -> Recipe:
+        return Recipe.model_validate(dict(self.recipe))
+
+    def input(self, stage: str) -> Path:
+        return Path(self.inputs[stage])
+
+    def save(self) -> Path:
+        path = Path(self.folder) / "plan.json"
+        artifacts.write_json(path, asdict(self))
+        return path
+
+    @staticmethod
+    def read(path: Path) -> Plan:
+        return Plan(**artifacts.read_json(path))
+
+
+def make_plans(loaded: LoadedRecipe, runs: Path, *, needed: Sequence[str] = STAGES) -> dict[str, Plan]:
+    """A plan for each stage that the recipe has and that `needed` depends on, in order.
+
+    Reads, checks and caches the training files on the way. Raises TdroError or Problems for faulty ones.
+    """
+    recipe, cache = loaded.recipe, runs / ".cache"
+    wanted = _closure(loaded, needed)
+    stores = open_tasks(recipe, {task.name: task.path for task in recipe.tasks}, cache)
+    plans: dict[str, Plan] = {}
+    data: dict[str, Any] = {
+        task.name: {**task.numbers(), "path": None, "data": stores[task.name].digest} for task in recipe.tasks
+    }
+    data_stage: str | None = None
+    for stage in (stage for stage in STAGES if stage in wanted):
+        above = _dependencies(loaded, stage)
+        inputs = {name: str(plans[name].out) for name in above}
+        numbers = {
+            "stage": stage,
+            "tdro": __version__,
+            "seed": recipe.seed,
+            "above": {name: plans[name].digest for name in above},
+            **_numbers(recipe, stage, data, data_stage),
+        }
+        digest = artifacts.digest_of(numbers)
+        folder = runs / recipe.name / f"{stage}-{digest[:12]}"
+        tasks = {task.name: _task_file(task.name, task.path, data_stage, plans) for task in recipe.tasks}
+        plans[stage] = Plan(
+            stage=stage,
+            digest=digest,
+            folder=str(folder),
+            numbers=numbers,
+            inputs=inputs,
+            recipe=recipe.model_dump(mode="json"),
+            recipe_text=loaded.text,
+            cache=str(cache),
+            tasks=tasks,
+        )
+        if stage in ("mine", "dedup"):
+            data_stage = stage
+    return plans
+
+
+def open_tasks(recipe: Recipe, files: Mapping[str, str], cache: Path) -> dict[str, Any]:
+    """The training files by task name. Raises Problems with the faults of all of them."""
+    from tdro_cli.data.tasks import open_task
+
+    stores, problems = {}, []
+    for task in recipe.tasks:
+        try:
+            stores[task.name] = open_task(
+                task.name, Path(files[task.name]), cache=cache / "tasks", skip_bad_rows=recipe.skip_bad_rows
+            )
+        except TdroError as error:
+            problems += error.errors if isinstance(error, Problems) else [error]
+    if problems:
+        raise Problems(problems)
+    return stores
+
+
+def data_stage(loaded: LoadedRecipe) -> str | None:
+    """The stage whose output is trained on; None: the recipe's files as they are."""
+    return next((stage for stage in ("dedup", "mine") if getattr(loaded.recipe, stage) is not None), None)
+
+
+def _task_file(name: str, path: str, stage: str | None, plans: Mapping[str, Plan]) -> str:
+    return path if stage is None else str(plans[stage].out / "tasks" / f"{name}.jsonl.gz")
+
+
+def _dependencies(loaded: LoadedRecipe, stage: str) -> list[str]:
+    """The stages whose output a stage reads."""
+    recipe = loaded.recipe
+    data = [s for s in [data_stage(loaded)] if s]
+    model = ["backbone"] if is_prepared(recipe) else []
+    if stage == "mine":
+        return []
+    if stage == "dedup":
+        return ["mine"] if recipe.mine else []
+    if stage == "backbone":
+        return data
+    if stage == "train-ref":
+        return [*data, *model]
+    if stage == "learn-weights":
+        return [*data, *model, "train-ref"]
+    if stage == "transfer":
+        return [*data, *(["learn-weights"] if reads_weights(recipe) and not recipe.transfer.weights_from else [])]
+    if stage == "finetune":
+        return [*data, *model, "transfer"]
+    models = [MODEL_STAGES[m] for m in recipe.eval.models if m in MODEL_STAGES]
+    return [name for name in dict.fromkeys(models) if name != "backbone" or model]
+
+
+def _closure(loaded: LoadedRecipe, needed: Sequence[str]) -> set[str]:
+    """The stages to plan: those asked for that the recipe has, and what they depend on."""
+    recipe, found = loaded.recipe, set()
+    absent = {stage for stage in ("mine", "dedup", "eval") if getattr(recipe, stage) is None}
+    absent |= set() if is_prepared(recipe) else {"backbone"}
+    todo = [stage for stage in needed if stage not in absent]
+    if not todo:
+        section = needed[0].replace("-", "_")
+        raise TdroError(
+            f"the recipe has no section {section!r}",
+            where=str(loaded.path),
+            remedy=f"add `{section}:`, or leave out this stage",
+        )
+    while todo:
+        stage = todo.pop()
+        if stage not in found:
+            found.add(stage)
+            todo += _dependencies(loaded, stage)
+    if recipe.backbone is None and found & {"train-ref", "learn-weights", "finetune"}:
+        raise TdroError(
+            "the recipe names no backbone",
+            where=str(loaded.path),
+            remedy="add for instance `backbone: {source: Qwen/Qwen2.5-0.5B}`, or `backbone: scratch`-like {name: scratch}",
+        )
+    return found
+
+
+def is_prepared(recipe: Recipe) -> bool:
+    """Whether the backbone is made from the tasks' own text."""
+    if recipe.backbone is None:
+        return False
+    return hasattr(registry.find("backbones", recipe.backbone.name).load(), "prepare")
+
+
+def reads_weights(recipe: Recipe) -> bool:
+    """Whether the transfer strategy uses learned weights (baselines such as `uniform` don't)."""
+    strategy = registry.find("transfer_strategies", recipe.transfer.strategy.name).load()
+    return getattr(strategy, "needs_weights", True)
+
+
+def _numbers(recipe: Recipe, stage: str, data: Mapping[str, Any], data_from: str | None) -> dict[str, Any]:
+    """The parts of the recipe that change what a stage computes."""
+    numbers: dict[str, Any] = {}
+    if stage != "eval":
+        numbers["tasks"] = (
+            data if data_from is None else {name: {**value, "data": None} for name, value in data.items()}
+        )
+    model = {
+        "backbone": recipe.backbone and {**recipe.backbone.numbers(), **plugin("backbones", recipe.backbone)},
+        "encoder": recipe.encoder.numbers(),
+        "lora": recipe.lora and recipe.lora.numbers(),
+        "deepspeed": recipe.deepspeed,
+    }
+    if stage == "mine":
+        numbers["mine"] = {**recipe.mine.numbers(), "plugin": plugin("negative_miners", recipe.mine.negative_miner)}
+    elif stage == "dedup":
+        against = recipe.dedup.against or (recipe.eval.benchmarks if recipe.eval else [])
+        numbers["dedup"] = {**recipe.dedup.numbers(), "plugin": plugin("deduplicators", recipe.dedup.deduplicator)}
+        numbers["against"] = [_benchmark(choice) for choice in against]
+    elif stage == "backbone":
+        numbers["backbone"] = model["backbone"]
+        numbers["tasks"] = {name: {"data": value["data"]} for name, value in numbers["tasks"].items()}
+    elif stage == "train-ref":
+        numbers |= {**model, "train_ref": recipe.train_ref.numbers()}
+    elif stage == "learn-weights":
+        section = recipe.learn_weights
+        numbers |= {**model, "learn_weights": section.numbers(), "hold_out": recipe.train_ref.hold_out}
+        numbers["plugins"] = [
+            plugin("loss_measurements", section.loss_measurement),
+            plugin("weight_updaters", section.weight_updater),
+        ]
+    elif stage == "transfer":
+        numbers |= {
+            "transfer": recipe.transfer.numbers(),
+            "plugin": plugin("transfer_strategies", recipe.transfer.strategy),
+        }
+        numbers["draws"] = recipe.finetune.steps * recipe.finetune.batch.queries
+        if recipe.transfer.weights_from:
+            numbers["weights_from"] = _file_digest(recipe.transfer.weights_from, "transfer.weights_from")
+    elif stage == "finetune":
+        numbers |= {**model, "finetune": recipe.finetune.numbers(), "hold_out": recipe.train_ref.hold_out}
+    elif stage == "eval":
+        section = recipe.eval
+        numbers |= {"eval": section.numbers(), "collections": [_benchmark(choice) for choice in section.benchmarks]}
+        if "untrained" in section.models:
+            numbers["backbone"] = {**model, "data": data}
+    return numbers
+
+
+def plugin(kind: str, choice: Any) -> dict[str, Any]:
+    """A plugin as a digest and a manifest name it."""
+    found = registry.find(kind, choice.name)
+    return {"name": choice.name, "options": choice.options, "distribution": f"{found.distribution} {found.version}"}
+
+
+def _benchmark(choice: PluginChoice) -> dict[str, Any]:
+    """A benchmark with what stands for its content: the size and time of the files of its path."""
+    named = plugin("benchmarks", choice)
+    path = choice.options.get("path")
+    if isinstance(path, str):
+        files = sorted(p for p in Path(path).rglob("*") if p.is_file())
+        named["files"] = [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    return named
+
+
+def _file_digest(path: str, where: str) -> str:
+    try:
+        return artifacts.digest_file(Path(path))
+    except OSError as error:
+        raise TdroError(f"can't read {path}: {error.strerror}", where=where, remedy="name a weights file") from None

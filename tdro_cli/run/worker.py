@@ -1,0 +1,261 @@
+"""Does what a plan says: one function a stage. Also the program that the DeepSpeed launcher starts on every rank."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tdro_cli import __version__, artifacts, registry
+from tdro_cli.errors import TdroError
+from tdro_cli.run.plan import Plan, open_tasks
+from tdro_cli.run.progress import Progress, Silent, progress
+
+if TYPE_CHECKING:
+    from tdro_cli.run.distributed import World
+
+VERSIONS = ("torch", "transformers", "peft", "deepspeed", "tokenizers", "pyserini", "faiss-cpu", "ir-measures", "numpy")
+BACKBONE_TEXTS = 200_000  # texts of all tasks that a tokenizer is trained on, at most
+
+
+def work(plan: Plan, shown: Progress) -> None:
+    """Runs the stage in this process, alone or as one rank, and publishes its output."""
+    STAGES[plan.stage](plan, shown)
+
+
+@contextmanager
+def publishing(plan: Plan, details: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """The stage's output folder in the making; its manifest walks back to the raw files."""
+    began = datetime.now(UTC)
+
+    def manifest() -> dict[str, Any]:
+        return {
+            "schema": 1,
+            "stage": plan.stage,
+            "digest": plan.digest,
+            "recipe": plan.settings().name,
+            "numbers": plan.numbers,
+            "inputs": {stage: artifacts.manifest_of(Path(path))["digest"] for stage, path in plan.inputs.items()},
+            "versions": installed_versions(),
+            "commit": _commit(),
+            "devices": _devices(),
+            "published_from": began.isoformat(timespec="seconds"),
+            "published": datetime.now(UTC).isoformat(timespec="seconds"),
+            **(details or {}),
+        }
+
+    with artifacts.publishing(plan.out, manifest) as folder:
+        yield folder
+
+
+def installed_versions() -> dict[str, str]:
+    found = {"tdro": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of our source tree, where it is one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    told = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return told.stdout.strip() or None
+
+
+def _devices() -> list[str]:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ["cpu"]
+
+
+# ---- the stages ----
+
+
+def mine(plan: Plan, shown: Progress) -> None:
+    from tdro_cli.retrieve.mining import mine_tasks
+
+    recipe = plan.settings()
+    stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
+    prompts = {task.name: task.prompt for task in recipe.tasks}
+    with publishing(plan) as out:
+        mine_tasks(list(stores.values()), recipe.mine, prompts=prompts, seed=recipe.seed, folder=out, progress=shown)
+
+
+def dedup(plan: Plan, shown: Progress) -> None:
+    from tdro_cli.retrieve.deduplication import deduplicate_tasks
+
+    recipe = plan.settings()
+    against = recipe.dedup.against or (recipe.eval.benchmarks if recipe.eval else [])
+    stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
+    with publishing(plan) as out:
+        summary = deduplicate_tasks(
+            list(stores.values()), recipe.dedup, collections(against), folder=out, progress=shown
+        )
+        for warning in summary.get("warnings", []):
+            shown.warn(warning)
+
+
+def backbone(plan: Plan, shown: Progress) -> None:
+    from itertools import islice
+
+    from tdro_cli.data.formats import passage_text
+
+    recipe = plan.settings()
+    stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
+    share = max(1, BACKBONE_TEXTS // (2 * len(stores)))
+
+    def texts() -> Iterator[str]:
+        for store in stores.values():
+            for example in islice(store, share):
+                yield example.query
+                yield passage_text(example.positives[0])
+
+    plugin = registry.resolve("backbones", recipe.backbone.name, recipe.backbone.options, where="backbone")
+    with publishing(plan) as out:
+        plugin.prepare(texts(), out / "model", seed=recipe.seed)
+
+
+def train_ref(plan: Plan, shown: Progress) -> None:
+    recipe = plan.settings()
+    equal = {task.name: 1 / len(recipe.tasks) for task in recipe.tasks}
+    _train(plan, shown, recipe.train_ref, "held_in", equal, {})
+
+
+def finetune(plan: Plan, shown: Progress) -> None:
+    recipe = plan.settings()
+    sampling = artifacts.read_json(plan.input("transfer") / "sampling.json")
+    probabilities = {name: task["probability"] for name, task in sampling["tasks"].items()}
+    _train(plan, shown, recipe.finetune, recipe.finetune.rows, probabilities, sampling.get("loss_weights", {}))
+
+
+def _train(plan: Plan, shown: Progress, section: Any, rows: str, probabilities: Any, loss_weights: Any) -> None:
+    from tdro_cli.learn.training import train
+    from tdro_cli.model.export import save_model
+
+    world, shown = _joined(shown)
+
+    def publish(engine: Any, tokenizer: Any, done: dict[str, Any]) -> None:
+        with engine.whole_weights():
+            if world.leads:
+                with publishing(plan) as out:
+                    details = {"recipe": plan.recipe_text, "stage": plan.stage, "training": done}
+                    save_model(engine.module, tokenizer.tokenizer, tokenizer.contract, out / "model", details=details)
+                    artifacts.write_json(out / "training.json", done)
+                    shutil.copyfile(Path(plan.folder) / "metrics.jsonl", out / "metrics.jsonl")
+        world.barrier()
+
+    train(
+        plan,
+        world,
+        shown,
+        section=section,
+        rows=rows,
+        probabilities=probabilities,
+        loss_weights=loss_weights,
+        publish=publish,
+    )
+
+
+def learn_weights(plan: Plan, shown: Progress) -> None:
+    from tdro_cli.learn.weight_learning import learn_weights as learn
+
+    world, shown = _joined(shown)
+    learn(plan, world, shown)
+
+
+def transfer(plan: Plan, shown: Progress) -> None:
+    from tdro_cli.learn.transfer import sampling_plan
+
+    recipe = plan.settings()
+    stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
+    learned = recipe.transfer.weights_from or (
+        str(plan.input("learn-weights") / "weights.json") if "learn-weights" in plan.inputs else None
+    )
+    draws = recipe.finetune.steps * recipe.finetune.batch.queries
+    sizes = {name: len(store) for name, store in stores.items()}
+    with publishing(plan) as out:
+        artifacts.write_json(out / "sampling.json", sampling_plan(recipe.transfer, learned, sizes, draws))
+
+
+def evaluate(plan: Plan, shown: Progress) -> None:
+    from tdro_cli.model.embedding import load_embedder
+    from tdro_cli.retrieve.evaluation import evaluate as evaluate_models
+
+    recipe = plan.settings()
+    models: dict[str, Any] = {}
+    for name in recipe.eval.models:
+        models[name] = "bm25" if name == "bm25" else _embedder(plan, name, load_embedder)
+    with publishing(plan) as out:
+        evaluate_models(
+            models, collections(recipe.eval.benchmarks), recipe.eval, folder=out, cache=Path(plan.cache), progress=shown
+        )
+
+
+def _embedder(plan: Plan, name: str, load_embedder: Callable[..., Any]) -> Callable[[], Any]:
+    """How to load a model of `eval.models`, when its turn comes."""
+    recipe = plan.settings()
+    budget, precision = recipe.encoder.micro_batch_tokens, recipe.backbone.dtype if recipe.backbone else "float32"
+    if name in ("train_ref", "finetune"):
+        source = plan.input(name.replace("_", "-")) / "model"
+        return lambda: load_embedder(source, token_budget=budget, dtype=precision)
+    if name == "untrained":
+        from tdro_cli.learn.training import backbone_source, encoder_contract
+
+        source = backbone_source(plan)
+        return lambda: load_embedder(source, token_budget=budget, dtype=precision, contract=encoder_contract(recipe))
+    return lambda: load_embedder(name, token_budget=budget)
+
+
+def collections(choices: Any) -> Iterator[Any]:
+    """The test collections of the chosen benchmarks, one after the other."""
+    for choice in choices:
+        benchmark = registry.resolve("benchmarks", choice.name, choice.options, where="eval.benchmarks")
+        for subset in benchmark.subsets():
+            yield benchmark.load(subset)
+
+
+def _joined(shown: Progress) -> tuple[World, Progress]:
+    """This process's place; only the first rank speaks."""
+    from tdro_cli.run.distributed import join
+
+    world = join()
+    return world, shown if world.leads else Silent()
+
+
+STAGES: dict[str, Callable[[Plan, Progress], None]] = {
+    "mine": mine,
+    "dedup": dedup,
+    "backbone": backbone,
+    "train-ref": train_ref,
+    "learn-weights": learn_weights,
+    "transfer": transfer,
+    "finetune": finetune,
+    "eval": evaluate,
+}
+
+
+def main() -> None:
+    """`python -m tdro_cli.run.worker PLAN [--quiet]`, on every rank."""
+    quiet = "--quiet" in sys.argv
+    path = next(argument for argument in sys.argv[1:] if not argument.startswith("--"))
+    try:
+        work(Plan.read(Path(path)), progress(quiet=quiet))
+    except TdroError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tdro_cli.builtin.backbones import Auto
+from tdro_cli.errors import TdroError
+from tdro_cli.model.embedding import Embedder, load_embedder
+from tdro_cli.model.encoder import EncoderContract, TextEncoder, add_lora
+from tdro_cli.model.export import merged_state, save_model
+
+PROMPTS = {"nq": "Given a question, retrieve passages", "quora": "Find the same question", "query": "Search"}
+DETAILS = {
+    "name": "tiny",
+    "data": [{"task": "nq", "share": 0.25}],
+    "measures": {"nDCG@10": 0.5},
+    "recipe": "a: 1\nb: 2",
+}
+
+
+def encoder_of(folder, contract, *, lora=False):
+    loaded = Auto().load(str(folder))
+    model = loaded.model
+    if lora:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(1)
+            model = add_lora(loaded, r=4, alpha=16, dropout=0.1)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:  # zero at the start: nothing to merge
+                    parameter.normal_(std=0.1)
+    encoder = TextEncoder(model, pooling=contract.pooling, normalize=contract.normalize).eval()
+    return encoder, loaded.tokenizer
+
+
+def contract_of(family, **options):
+    pooling = "mean" if family in ("bert", "distilbert", "roberta", "xlm-roberta", "modernbert") else "last_token"
+    return EncoderContract(
+        **{"pooling": pooling, "query_length": 48, "passage_length": 48, "prompts": PROMPTS} | options
+    )
+
+
+def save(folder_of_base, contract, folder, *, lora=False):
+    """Saves, and returns what our own embedder says of the live model."""
+    encoder, tokenizer = encoder_of(folder_of_base, contract, lora=lora)
+    save_model(encoder, tokenizer, contract, folder, details=DETAILS)
+    return Embedder(encoder, tokenizer, contract, digest="live", device="cpu")
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_saved_model_embeds_as_the_live_one_everywhere(family, lora, tiny, texts, tmp_path):
+    contract = contract_of(family)
+    live = save(tiny(family), contract, tmp_path / "m", lora=lora)
+    queries, passages = live.encode_queries(texts, PROMPTS["nq"]), live.encode_passages(texts)
+
+    ours = load_embedder(tmp_path / "m", device="cpu")
+    assert ours.contract == contract
+    assert np.abs(ours.encode_queries(texts, PROMPTS["nq"]) - queries).max() < 1e-5
+    assert np.abs(ours.encode_passages(texts) - passages).max() < 1e-5
+
+    by_transformers = with_transformers(tmp_path / "m", contract, texts)
+    assert np.abs(by_transformers - passages).max() < 1e-5
+
+    if lora:
+        assert np.abs(with_peft(tiny(family), tmp_path / "m" / "adapter", contract, texts) - passages).max() < 1e-5
+        adapter = load_embedder(tmp_path / "m" / "adapter", device="cpu")
+        assert np.abs(adapter.encode_queries(texts, PROMPTS["nq"]) - queries).max() < 1e-5
+        untouched = load_embedder(tiny(family), contract=contract, device="cpu").encode_passages(texts)
+        assert np.abs(untouched - passages).max() > 1e-3
+    else:
+        assert not (tmp_path / "m" / "adapter").exists()
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_sentence_transformers_embeds_as_we_do(family, lora, tiny, texts, tmp_path):
+    st = pytest.importorskip("sentence_transformers", reason="the extra `compare` is not installed")
+    live = save(tiny(family), contract_of(family), tmp_path / "m", lora=lora)
+    model = st.SentenceTransformer(str(tmp_path / "m"), device="cpu")
+    long = [*texts, "many words of a long text " * 40]  # truncated, EOS kept
+    assert np.abs(model.encode_document(long) - live.encode_passages(long)).max() < 1e-5
+    assert np.abs(model.encode_query(long) - live.encode_queries(long)).max() < 1e-5
+    for task in ("nq", "quora"):
+        assert np.abs(model.encode(long, prompt_name=task) - live.encode_queries(long, PROMPTS[task])).max() < 1e-5
+    assert model.get_sentence_embedding_dimension() == live.dimension
+
+
+@pytest.mark.parametrize("pooling", ["last_token", "mean", "cls"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sentence_transformers_reads_the_contract(pooling, normalize, tiny, texts, tmp_path):
+    st = pytest.importorskip("sentence_transformers", reason="the extra `compare` is not installed")
+    contract = contract_of("llama", pooling=pooling, normalize=normalize)
+    live = save(tiny("llama"), contract, tmp_path / "m")
+    model = st.SentenceTransformer(str(tmp_path / "m"), device="cpu")
+    theirs = model.encode_document(texts)
+    assert np.abs(theirs - live.encode_passages(texts)).max() < 1e-5 * np.abs(theirs).max()
+
+
+def with_transformers(folder, contract, texts):
+    from transformers import AutoModel, AutoTokenizer
+
+    return pooled(AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), contract, texts)
+
+
+def with_peft(base, adapter, contract, texts):
+    from peft import PeftModel
+    from transformers import AutoModel, AutoTokenizer
+
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(base), adapter)
+    return pooled(model, AutoTokenizer.from_pretrained(adapter), contract, texts)
+
+
+def pooled(model, tokenizer, contract, texts):
+    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"]
+    if contract.pooling == "last_token":
+        vectors = torch.stack([row[m.nonzero().max()] for row, m in zip(hidden, mask, strict=True)])
+    else:
+        vectors = torch.stack([row[m.bool()].mean(0) for row, m in zip(hidden, mask, strict=True)])
+    return torch.nn.functional.normalize(vectors, dim=1).numpy()
+
+
+def test_merging_equals_pefts_own_and_leaves_the_training_model_alone(tiny):
+    encoder, _ = encoder_of(tiny("qwen2"), contract_of("qwen2"), lora=True)
+    before = {name: tensor.clone() for name, tensor in encoder.backbone.state_dict().items()}
+    ours = merged_state(encoder.backbone, encoder.backbone.state_dict())
+    after = encoder.backbone.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    theirs = encoder.backbone.merge_and_unload().state_dict()
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
+
+
+def test_an_adapter_that_is_not_plain_lora_is_refused(tiny):
+    from peft import LoraConfig, get_peft_model
+
+    loaded = Auto().load(str(tiny("qwen2")))
+    model = get_peft_model(loaded.model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(TdroError, match="more than plain LoRA"):
+        merged_state(model, model.state_dict())
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_same_weights_give_the_same_bytes(lora, tiny, tmp_path):
+    for name in ("a", "b"):
+        save(tiny("llama"), contract_of("llama"), tmp_path / name, lora=lora)
+    first, second = (
+        {p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()}
+        for n in ("a", "b")
+    )
+    assert first == second
+    assert not [path for path in first if path.suffix in (".bin", ".pt", ".pkl", ".pth")]
+    digests = [load_embedder(tmp_path / name, device="cpu").digest for name in ("a", "b")]
+    assert digests[0] == digests[1]
+
+
+def test_weights_given_apart_are_the_ones_saved(tiny, texts, tmp_path):
+    encoder, tokenizer = encoder_of(tiny("qwen2"), contract_of("qwen2"), lora=True)
+    gathered = {name: tensor.clone() for name, tensor in encoder.backbone.state_dict().items()}
+    expected = Embedder(encoder, tokenizer, contract_of("qwen2"), digest="", device="cpu").encode_passages(texts)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.zero_()  # as in ZeRO-3, where the module holds nothing
+    save_model(encoder, tokenizer, contract_of("qwen2"), tmp_path / "m", details={}, state_dict=gathered)
+    for folder in ("m", "m/adapter"):
+        assert np.abs(load_embedder(tmp_path / folder, device="cpu").encode_passages(texts) - expected).max() < 1e-5
+
+
+def test_a_saved_model_is_never_written_over(tiny, tmp_path):
+    save(tiny("bert"), contract_of("bert"), tmp_path / "m")
+    with pytest.raises(TdroError, match="model already"):
+        save(tiny("bert"), contract_of("bert"), tmp_path / "m")
+
+
+def test_contract_prompts_and_card_are_written(tiny, tmp_path):
+    save(tiny("qwen2"), contract_of("qwen2"), tmp_path / "m")
+    contract = json.loads((tmp_path / "m" / "tdro_encoder.json").read_text())
+    assert (contract["pooling"], contract["query_length"], contract["prompts"]) == ("last_token", 48, PROMPTS)
+    prompts = json.loads((tmp_path / "m" / "config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts == {
+        "nq": "Instruct: Given a question, retrieve passages\nQuery: ",
+        "quora": "Instruct: Find the same question\nQuery: ",
+        "query": "Instruct: Search\nQuery: ",
+        "document": "",
+    }
+    card = (tmp_path / "m" / "README.md").read_text()
+    for expected in (
+        "# tiny",
+        "| nq | 0.25 |",
+        "| nDCG@10 | 0.5 |",
+        "```\na: 1\nb: 2\n```",
+        "library_name: sentence-tr",
+    ):
+        assert expected in card
+    assert str(tmp_path) not in "".join(p.read_text() for p in (tmp_path / "m").glob("*.[jm][sd]*"))

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdro_cli.model.packing import encode_token_lists, pad_batch, token_budget_batches
+
+
+def test_longest_first_and_as_many_as_the_budget_holds():
+    batches = token_budget_batches([3, 9, 4, 1, 4, 1], budget=8)
+    assert [batch.tolist() for batch in batches] == [[1], [2, 4], [0, 3], [5]]  # 9 > 8 is alone; 2x4; 2x3; 1
+
+
+@given(st.lists(st.integers(0, 60), max_size=80), st.integers(1, 200))
+def test_every_index_once_and_no_batch_over_budget_unless_it_is_one_text(lengths, budget):
+    batches = token_budget_batches(lengths, budget)
+    assert sorted(np.concatenate([np.empty(0, int), *batches]).tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+    assert [b.tolist() for b in batches] == [b.tolist() for b in token_budget_batches(np.array(lengths, int), budget)]
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_no_budget_is_refused(budget):
+    with pytest.raises(ValueError, match="must be > 0"):
+        token_budget_batches([1], budget)
+
+
+def test_padding_is_on_the_right():
+    ids, mask = pad_batch([[5, 6, 7], [8]], pad_id=9)
+    assert ids.tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert ids.dtype == mask.dtype == torch.int64
+
+
+def test_embeddings_come_back_in_the_given_order_with_gradients_and_counts():
+    table = torch.arange(20.0).reshape(10, 2).requires_grad_()
+    seen = []
+
+    def sum_of_tokens(ids, mask):
+        seen.append(tuple(ids.shape))
+        return (table[ids] * mask.unsqueeze(-1)).sum(1)
+
+    token_lists = [[1], [2, 3, 4], [5, 6], [7, 7]]
+    packed = encode_token_lists(sum_of_tokens, token_lists, pad_id=0, budget=4, device="cpu")
+    assert packed.embedding_ND.tolist() == [table[t].sum(0).tolist() for t in token_lists]
+    assert seen == [(1, 3), (2, 2), (1, 1)]
+    assert (packed.tokens, packed.padded_tokens) == (8, 0)
+    packed.embedding_ND[:, 0].sum().backward()
+    assert table.grad[:, 0].tolist() == [0, 1, 1, 1, 1, 1, 1, 2, 0, 0]
+    wide = encode_token_lists(sum_of_tokens, token_lists, pad_id=0, budget=100, device="cpu")
+    assert torch.equal(wide.embedding_ND, packed.embedding_ND)
+    assert (wide.tokens, wide.padded_tokens, wide.padding_share) == (8, 4, 4 / 12)
+
+
+def test_nothing_to_encode_is_refused():
+    with pytest.raises(ValueError, match="no texts"):
+        encode_token_lists(lambda ids, mask: ids, [], pad_id=0, budget=4, device="cpu")
