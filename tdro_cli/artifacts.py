@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +40,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes aside, syncs, renames."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = _aside(path)
     try:
         with open(aside, "w", encoding="utf-8") as file:
             file.write(text)
@@ -70,8 +72,7 @@ def publishing(folder: Path, manifest: Callable[[], Mapping[str, Any]]) -> Itera
     published `folder` meanwhile, its artifact stays and ours is dropped: both were made from the same inputs.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = _aside(folder)
     aside.mkdir()
     try:
         yield aside
@@ -79,18 +80,46 @@ def publishing(folder: Path, manifest: Callable[[], Mapping[str, Any]]) -> Itera
         write_json(aside / MANIFEST, {**manifest(), "files": files})
         for path in [*aside.rglob("*"), aside]:
             _sync(path)
-        if not is_complete(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # a leftover without a manifest is not an artifact
-            os.rename(aside, folder)
-            _sync(folder.parent)
+        _put(aside, folder)
+        _sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _put(aside: Path, folder: Path) -> None:
+    """Renames `aside` to `folder`, unless that is an artifact already; a leftover without a manifest makes way.
+
+    Nothing is removed where another process could be putting an artifact, only what has been moved out of its way.
+    """
+    while not is_complete(folder):
+        try:
+            os.rename(aside, folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        leftover = _aside(folder)
+        try:
+            os.rename(folder, leftover)
+        except FileNotFoundError:
+            continue  # another process has moved it
+        if is_complete(leftover):  # published between our looking and our moving: back to its place
+            aside, leftover = leftover, aside
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink()
+
+
+def _aside(path: Path) -> Path:
+    """A hidden name beside `path`, of this process and this call on this machine alone."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
 def point_to(link: Path, target: Path) -> None:
     """Makes the relative symbolic link `link` name `target`, in one step."""
-    aside = link.with_name(f".{link.name}.{os.getpid()}.link")
-    aside.unlink(missing_ok=True)
+    aside = _aside(link)
     aside.symlink_to(os.path.relpath(target, link.parent))
     os.replace(aside, link)
 

@@ -39,6 +39,9 @@ NumGpus = Annotated[
 ]
 Hostfile = Annotated[str | None, typer.Option("--hostfile", help="DeepSpeed host file, for several machines")]
 
+Grid = Annotated[list[str], typer.Option("--grid", metavar="KEY.PATH=A,B,...", help="run all combinations; repeatable")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="run each with this many seeds")]
+
 DEFAULT_RECIPE = Path("recipe.yaml")
 DEFAULT_RUNS = Path("runs")
 
@@ -88,6 +91,28 @@ def _run(
     _tell(result, manner, lambda: tables.print_results(plans, stages))
 
 
+def _grid(
+    stage: str,
+    recipe: Path,
+    overrides: list[str],
+    grid: list[str],
+    seeds: int,
+    manner: Manner,
+    runs: Path,
+    num_gpus: int | None,
+    hostfile: str | None,
+) -> None:
+    """Runs every combination and seed up to `stage` and shows them side by side."""
+    from tdro_cli.report import tables
+    from tdro_cli.run.grid import run_grid
+    from tdro_cli.run.launch import Machines
+    from tdro_cli.run.progress import progress
+
+    shown = progress(quiet=manner.quiet or manner.json)
+    result = run_grid(stage, recipe, overrides, grid, seeds, runs, Machines(num_gpus, hostfile), shown)
+    _tell(result, manner, lambda: tables.print_grid(result))
+
+
 def _tell(result: Any, manner: Manner, show: Callable[[], None]) -> None:
     if manner.json:
         print(json.dumps(result, ensure_ascii=False, indent=1))
@@ -126,7 +151,28 @@ def _stage(name: str, words: str) -> None:
 _stage("mine", "Find hard negatives for every training query.")
 _stage("dedup", "Remove training rows that repeat test queries.")
 _stage("train-ref", "Train the reference model: all tasks in equal shares.")
-_stage("learn-weights", "Learn the task weights with a proxy model beside the reference.")
+
+
+@app.command("learn-weights", help="Learn the task weights with a proxy model beside the reference.")
+def learn_weights(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    overrides: Set = [],  # noqa: B006 - typer copies it
+    grid: Grid = [],  # noqa: B006 - typer copies it
+    seeds: Seeds = 1,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    runs: Runs = DEFAULT_RUNS,
+    num_gpus: NumGpus = None,
+    hostfile: Hostfile = None,
+) -> None:
+    manner = Manner(as_json, quiet)
+    if (grid or seeds > 1) and not dry_run:
+        _grid("learn-weights", recipe, overrides, grid, seeds, manner, runs, num_gpus, hostfile)
+        return
+    stages = ("learn-weights",)
+    _run(stages, recipe, overrides, manner, runs, dry_run=dry_run, num_gpus=num_gpus, hostfile=hostfile)
 
 
 @app.command(help="Turn learned weights into a sampling plan.")
@@ -166,6 +212,8 @@ _stage("eval", "Evaluate the models on the recipe's benchmarks, with significanc
 def run(
     recipe: RecipePath = DEFAULT_RECIPE,
     overrides: Set = [],  # noqa: B006 - typer copies it
+    grid: Grid = [],  # noqa: B006 - typer copies it
+    seeds: Seeds = 1,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -176,7 +224,11 @@ def run(
 ) -> None:
     from tdro_cli.run.plan import STAGES
 
-    _run(STAGES, recipe, overrides, Manner(as_json, quiet), runs, dry_run=dry_run, num_gpus=num_gpus, hostfile=hostfile)
+    manner = Manner(as_json, quiet)
+    if (grid or seeds > 1) and not dry_run:
+        _grid("eval", recipe, overrides, grid, seeds, manner, runs, num_gpus, hostfile)
+        return
+    _run(STAGES, recipe, overrides, manner, runs, dry_run=dry_run, num_gpus=num_gpus, hostfile=hostfile)
 
 
 @app.command(help="Write the embedded sample data: real training tasks and test collections.")

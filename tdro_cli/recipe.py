@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import types
@@ -19,11 +20,15 @@ from tdro_cli.errors import Problems, TdroError, did_you_mean
 
 Place = tuple[str | int, ...]  # a key path: ("tasks", 0, "path")
 
+NAME = r"^\w[\w.+-]*$"  # of files and folders, too
+
 EXECUTION = {"execution": True}  # marks a key that says how or where to run: it changes no result beyond rounding
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     def numbers(self) -> dict[str, Any]:
         """The section as plain values, without the keys that change no result: what a digest covers."""
@@ -69,8 +74,8 @@ def _choice(value: Any, default: str | None) -> Any:
 class Task(Section):
     """One training set."""
 
-    name: str = Field(pattern=r"^[\w.+-]+$", max_length=200)
-    """unique; letters, digits, `_`, `.`, `+`, `-`"""
+    name: str = Field(pattern=NAME, max_length=200)
+    """unique; letters, digits, `_`, and after the first `.`, `+`, `-`"""
     path: str
     """JSONL (plain, .gz, .zst) or Parquet; relative to the working directory"""
     prompt: str = ""
@@ -271,10 +276,12 @@ class Eval(Section):
 class Recipe(Section):
     """Everything that changes the numbers of an experiment."""
 
-    name: str = Field("tdro", pattern=r"^[\w.+-]+$", max_length=200)
+    name: str = Field("tdro", pattern=NAME, max_length=200)
     """names the folder runs/NAME"""
     seed: int = Field(42, ge=0, lt=2**63)
     """of every random choice"""
+    data_seed: int | None = Field(None, ge=0, lt=2**63)
+    """of mining alone, so that runs of several seeds share their negatives; the seed when left out"""
     tasks: list[Task] = Field(min_length=1)
     """the training sets, or the path of a YAML file that lists them"""
     backbone: Backbone | None = None
@@ -309,9 +316,17 @@ class LoadedRecipe:
 # ---- reading ----
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number; a key given twice is an error."""
+MOST_VALUES = 100_000  # of a recipe; a few lines of aliases can stand for billions
 
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, a date is text, a key given twice is an error."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -332,24 +347,24 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, strategy: str | Non
     places: dict[Place, str] = {}
     text = read_text(path)
     values = _parse(text, str(path), places, problems)
-    if not isinstance(values, dict) and not problems:
-        problems.append(
-            TdroError("a recipe is a mapping of sections", where=str(path), remedy="see `tdro recipe list`")
-        )
-    if problems:
+    if not isinstance(values, dict):
+        if not problems:
+            remedy = "write keys such as `tasks:`; `tdro recipe list` shows examples"
+            problems.append(TdroError("a recipe is a mapping of sections", where=str(path), remedy=remedy))
         raise Problems(problems)
     if strategy is not None:
         _choose_strategy(values, places, strategy)
-    for override in overrides:
-        _override(values, override, places, problems)
-    _tasks_from_file(values, places, problems)
+    for override in sorted(overrides, key=lambda text: not text.partition("=")[0].endswith(".name")):
+        _override(values, override, path, places, problems)
+    listed = _tasks_from_file(values, path, places, problems)
     _expand(values, (), places, problems)
+    _fill_sections(values, Recipe)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         recipe = None
-        problems += [_explain(detail, places) for detail in error.errors()]
-    problems += [*_plugin_problems(values, places), *_task_problems(values, places)]
+        problems += [_explain(d, places) for d in error.errors() if listed or d["loc"] != ("tasks",)]
+    problems += [*_plugin_problems(values, places), *_task_problems(values, places), *_late_problems(values, places)]
     if problems:
         raise Problems(sorted(problems, key=_order))
     return LoadedRecipe(recipe, path, text, places)
@@ -361,8 +376,9 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         remedy = "name a recipe, or write one: `tdro recipe list` shows those that come with tdro"
         raise TdroError(f"there is no recipe {path}", remedy=remedy) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise TdroError(f"can't read {path}: {error}", remedy="a recipe is a YAML file in UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a zero byte in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise TdroError(f"can't read {path}: {reason}", remedy="a recipe is a YAML file in UTF-8") from None
 
 
 def _parse(text: str, file: str, places: dict[Place, str], problems: list[TdroError], under: Place = ()) -> Any:
@@ -371,14 +387,19 @@ def _parse(text: str, file: str, places: dict[Place, str], problems: list[TdroEr
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
-            return None if node is None else _value(loader, node, under, file, places, problems, 0)
+            if node is None:
+                return {} if under and _is_section(under) else None
+            return _value(loader, node, under, file, places, problems, 0)
         finally:
             loader.dispose()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
+        number = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
         words = getattr(error, "problem", None) or str(error).splitlines()[0]
-        problems.append(TdroError(f"not valid YAML: {words}", where=f"{file}{line}", remedy="mend the syntax there"))
+        if isinstance(error, RecursionError):
+            words = "nested too deeply"
+        where = f"{file}:{number + 1}"
+        problems.append(TdroError(f"not valid YAML: {words}", where=where, remedy="mend the syntax there"))
         return None
 
 
@@ -386,10 +407,14 @@ def _value(loader, node, place: Place, file: str, places, problems, depth: int) 
     places[place] = f"{file}:{node.start_mark.line + 1}"
     if depth > 50:
         raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=node.start_mark)
+    if len(places) + len(problems) > MOST_VALUES:
+        words = f"more than {MOST_VALUES:,} values, counting what aliases repeat"
+        raise yaml.MarkedYAMLError(problem=words, problem_mark=node.start_mark)
     if isinstance(node, yaml.MappingNode):
         values = {}
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else str(key_node.tag)
+            key = key.encode(errors="backslashreplace").decode()
             if key in values:
                 where = f"{file}:{key_node.start_mark.line + 1}, {dotted((*place, key))}"
                 problems.append(TdroError(f"the key {key!r} is given twice", where=where, remedy="remove one of them"))
@@ -398,10 +423,39 @@ def _value(loader, node, place: Place, file: str, places, problems, depth: int) 
         return values
     if isinstance(node, yaml.SequenceNode):
         return [_value(loader, n, (*place, i), file, places, problems, depth + 1) for i, n in enumerate(node.value)]
+    if node.value == "" and node.style is None and _is_section(place):
+        return {}  # `mine:` with nothing after it asks for the defaults; `mine: null` for no mining
     try:
-        return loader.construct_object(node, deep=True)
+        value = loader.construct_object(node, deep=True)
+        if isinstance(value, str):
+            value.encode()  # refuses half a surrogate pair, which nothing after this could write
     except ValueError as error:
         raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
+    if not isinstance(value, str | int | float | bool | None) or value in (math.inf, -math.inf) or value != value:
+        words = f"{node.value[:40]!r} is no text, finite number, true, false or null"
+        raise yaml.MarkedYAMLError(problem=words, problem_mark=node.start_mark)
+    return value
+
+
+def _is_section(place: Place) -> bool:
+    """Whether a key path names a section, which may be left empty."""
+    _, section = list(_fields((*place, "")))[-1]
+    return (
+        isinstance(section, type)
+        and issubclass(section, Section)
+        and not (place and place[-1] in ("tasks", "benchmarks", "against"))
+    )
+
+
+def _fill_sections(values: dict, section: type[Section]) -> None:
+    """`train_ref: null` stands for the defaults where a section can't be absent."""
+    for key, field in section.model_fields.items():
+        inner = _inner(field.annotation)
+        if isinstance(inner, type) and issubclass(inner, Section) and key in values:
+            if values[key] is None and isinstance(field.default, Section):
+                values[key] = {}
+            if isinstance(values[key], dict):
+                _fill_sections(values[key], inner)
 
 
 def _choose_strategy(values: dict, places: dict[Place, str], name: str) -> None:
@@ -413,57 +467,90 @@ def _choose_strategy(values: dict, places: dict[Place, str], name: str) -> None:
             places[("transfer", "strategy")] = places[("transfer", "strategy", "name")] = "--strategy"
 
 
-def _override(values: Any, override: str, places: dict[Place, str], problems: list[TdroError]) -> None:
+def _override(values: dict, override: str, path: Path, places: dict[Place, str], problems: list[TdroError]) -> None:
+    """Puts the value of `key.path=value` into the values; a key path names list items by number or by their name."""
     key, equals, text = override.partition("=")
     origin = f"--set {override}"
-    parts: list[str | int] = [int(part) if part.isdigit() else part for part in key.split(".")]
-    if not equals or not all(part != "" for part in parts):
+    parts: list[str | int] = [int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in key.split(".")]
+    if not equals or "" in parts:
         problems.append(TdroError(f"--set {override!r} is not key.path=value", remedy="for instance --set seed=7"))
         return
-    value = _parse(text, origin, places, problems, tuple(parts))
+    if parts[0] == "tasks" and len(parts) > 1:
+        _tasks_from_file(values, path, places, problems)
     target: Any = values
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
-        if isinstance(target, dict):
-            part = str(part)
-            if last:
-                target[part] = value
-            else:
-                if isinstance(target.get(part), str) and parts[depth + 1] in ("options", "name"):
-                    target[part] = {"name": target[part]}  # a bare plugin name gets options
-                if not isinstance(target.get(part), dict | list):
-                    target[part] = {}
-                target = target[part]
-        elif isinstance(target, list) and isinstance(part, str):
-            named = [i for i, item in enumerate(target) if isinstance(item, dict) and item.get("name") == part]
-            if not named:
-                names = [str(item.get("name")) for item in target if isinstance(item, dict)]
-                problems.append(TdroError(f"nothing is named {part!r}", where=origin, remedy=did_you_mean(part, names)))
-                return
-            part = parts[depth] = named[0]
         if isinstance(target, list):
-            if not isinstance(part, int) or part >= len(target):
-                problems.append(TdroError(f"there is no item {part}", where=origin, remedy=f"0 to {len(target) - 1}"))
+            part = _item(target, part, origin, problems)
+            if part is None:
                 return
-            if last:
-                target[part] = value
-            else:
-                target = target[part]
-    places[tuple(parts)] = origin
+        elif isinstance(target, dict):
+            part = str(part)
+        else:
+            outer = dotted(parts[:depth])
+            problems.append(TdroError(f"{outer} is {target!r}, not a section", where=origin, remedy=f"set {outer}"))
+            return
+        parts[depth] = part
+        if last:
+            break
+        if isinstance(target, dict):
+            if isinstance(target.get(part), str) and parts[depth + 1] in ("options", "name"):
+                target[part] = {"name": target[part]}  # a bare plugin name gets options
+            if target.get(part) is None:
+                target[part] = {}
+                places[tuple(parts[: depth + 1])] = origin
+        target = target[part]
+    below: dict[Place, str] = {}
+    before = len(problems)
+    value = _parse(text, origin, below, problems, tuple(parts))
+    if len(problems) > before:
+        return
+    if part == "name" and isinstance(target, dict) and target.get("name") != value:
+        target.pop("options", None)  # another plugin's options would not fit
+    target[part] = value
+    places.update(dict.fromkeys([*below, tuple(parts)], origin))
 
 
-def _tasks_from_file(values: dict, places: dict[Place, str], problems: list[TdroError]) -> None:
-    """`tasks: FILE` stands for the list in FILE."""
+def _item(target: list, part: str | int, origin: str, problems: list[TdroError]) -> int | None:
+    """The number of a list's item, given that or the item's name; None if there is none, which is a problem."""
+    names = [item.get("name") if isinstance(item, dict) else item for item in target]
+    if isinstance(part, int) and part < len(target):
+        return part
+    if part in names:
+        return names.index(part)
+    valid = did_you_mean(str(part), {str(name) for name in names})
+    problems.append(TdroError(f"the list has no item {part!r}", where=origin, remedy=f"{valid}, or a number from 0"))
+    return None
+
+
+def _tasks_from_file(values: dict, recipe: Path, places: dict[Place, str], problems: list[TdroError]) -> bool:
+    """`tasks: FILE` stands for the list in FILE, a path from the working directory or from the recipe's folder.
+
+    False if it could not be read, which is a problem.
+    """
     tasks = values.get("tasks")
-    if isinstance(tasks, str):
-        holder = {"tasks": tasks}
-        _expand(holder, (), places, problems)
-        try:
-            listed = _parse(read_text(Path(holder["tasks"])), holder["tasks"], places, problems, ("tasks",))
-        except TdroError as error:
-            problems.append(TdroError(error.message, where=_where(places, ("tasks",)), remedy=error.remedy))
-            listed = None
-        values["tasks"] = listed.get("tasks") if isinstance(listed, dict) else listed
+    if not isinstance(tasks, str):
+        return True
+    where, before = _where(places, ("tasks",)), len(problems)
+    name = _expand(tasks, ("tasks",), places, problems)
+    values["tasks"] = None
+    if len(problems) > before:
+        return False
+    file = next((f for f in (name, str(recipe.parent / name)) if os.path.isfile(f)), None)
+    if file is None:
+        remedy = f"paths are relative to the working directory, {os.getcwd()}, or to the recipe's folder"
+        problems.append(TdroError(f"there is no task list {name}", where=where, remedy=remedy))
+        return False
+    try:
+        listed = _parse(read_text(Path(file)), file, places, problems, ("tasks",))
+    except TdroError as error:
+        problems.append(TdroError(error.message, where=where, remedy="a task list is a YAML file in UTF-8"))
+        return False
+    values["tasks"] = listed.get("tasks") if isinstance(listed, dict) else listed
+    if not isinstance(values["tasks"], list) and len(problems) == before:
+        remedy = "write a list of `- {name: ..., path: ...}`"
+        problems.append(TdroError(f"{file} holds no list of tasks", where=where, remedy=remedy))
+    return len(problems) == before
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -478,16 +565,17 @@ def _expand(value: Any, place: Place, places: Mapping[Place, str], problems: lis
         for index, item in enumerate(value):
             value[index] = _expand(item, (*place, index), places, problems)
     elif isinstance(value, str):
-        for name, default in _VARIABLE.findall(value):
-            if name not in os.environ and f"${{{name}:-" not in value:
+        for match in _VARIABLE.finditer(value):
+            if match[1] not in os.environ and match[2] is None:
                 problems.append(
                     TdroError(
-                        f"the environment variable {name} is not set",
+                        f"the environment variable {match[1]} is not set",
                         where=_where(places, place),
-                        remedy=f"set it, for instance `export {name}=/a/folder`",
+                        remedy=f"set it, for instance `export {match[1]}=/a/folder`",
                     )
                 )
-        return _VARIABLE.sub(lambda match: os.environ.get(match[1], match[2] or ""), value)
+        # one that is not set stays as it is, so that no other check takes the rest for a path
+        return _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0] if match[2] is None else match[2]), value)
     return value
 
 
@@ -527,12 +615,24 @@ def _explain(detail: Mapping[str, Any], places: Mapping[Place, str]) -> TdroErro
         return TdroError(f"unknown key {key!r}", where=where, remedy=did_you_mean(str(key), valid))
     if kind == "missing":
         return TdroError(f"the key {key!r} is missing", where=where, remedy=f"add `{key}:` there")
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if kind == "value_error":
+        return TdroError(detail["msg"].removeprefix("Value error, "), where=where, remedy="change one of them")
+    inner = list(_fields((*place, "")))[-1][1]
+    if kind == "model_type" and isinstance(inner, type) and issubclass(inner, Section):
+        keys = ", ".join(inner.model_fields)
+        return TdroError(f"{key} can't be {_shown(given)}", where=where, remedy=f"it is a section; its keys: {keys}")
+    if kind == "string_type" and isinstance(given, bool | int | float):
+        remedy = "put it in quotes, if it is meant as text"
+        return TdroError(f"{key} can't be {_shown(given)}: it should be text", where=where, remedy=remedy)
+    message = re.sub("^(Input|String|List|Dictionary) ", "", detail["msg"])
     if kind == "literal_error" and isinstance(given, str):
         expected = [choice for choice in re.findall(r"'([^']*)'", detail["ctx"]["expected"])]
         return TdroError(f"{key} can't be {given!r}", where=where, remedy=did_you_mean(given, expected))
-    shown = repr(given) if isinstance(given, str | int | float | bool | None) else f"a {type(given).__name__}"
-    return TdroError(f"{key} can't be {shown[:80]}: {message}", where=where, remedy=f"the value {message}")
+    return TdroError(f"{key} can't be {_shown(given)}", where=where, remedy=f"the value {message}")
+
+
+def _shown(value: Any) -> str:
+    return {dict: "a mapping", list: "a list"}.get(type(value)) or repr(value)[:80]
 
 
 def _choices(values: Mapping) -> Iterator[tuple[str, Place, Any]]:
@@ -581,8 +681,12 @@ def _plugin_problems(values: Mapping, places: Mapping[Place, str]) -> list[TdroE
 
 def _placed(error: TdroError, place: Place, places: Mapping[Place, str]) -> TdroError:
     """A registry's error, whose `where` is a dotted place, with the line put before it."""
-    rest = (error.where or dotted(place)).removeprefix(dotted(place)).strip(".").split(".")
-    return TdroError(error.message, where=_where(places, (*place, *filter(None, rest))), remedy=error.remedy)
+    given, here = error.where or "", dotted(place)
+    if not f"{given}.".startswith(f"{here}."):  # a plugin's own words for the place
+        where = f"{_where(places, place)}{f': {given}' if given else ''}"
+        return TdroError(error.message, where=where, remedy=error.remedy)
+    rest = filter(None, given.removeprefix(here).split("."))
+    return TdroError(error.message, where=_where(places, (*place, *rest)), remedy=error.remedy)
 
 
 def _task_problems(values: Mapping, places: Mapping[Place, str]) -> list[TdroError]:
@@ -597,16 +701,43 @@ def _task_problems(values: Mapping, places: Mapping[Place, str]) -> list[TdroErr
                 where = _where(places, ("tasks", index, "name"))
                 problems.append(TdroError(f"two tasks are named {name!r}", where=where, remedy="rename one of them"))
             seen.add(name)
-        if isinstance(path, str) and not os.path.isfile(path) and "${" not in path:
+        if isinstance(path, str) and not os.path.isfile(path) and not _VARIABLE.search(path):
             problems.append(_missing_file(path, _where(places, ("tasks", index, "path"))))
     return problems
+
+
+def _late_problems(values: Mapping, places: Mapping[Place, str]) -> list[TdroError]:
+    """What a stage would otherwise miss hours later: a source, a file, a model."""
+    problems = []
+    sections = {key: value for key, value in values.items() if isinstance(value, dict)}
+    backbone, evaluated = sections.get("backbone"), {"models": ["train_ref", "finetune"], **sections.get("eval", {})}
+    if backbone is not None and backbone.get("source") is None and _needs_source(backbone.get("name", "auto")):
+        where = _where(places, ("backbone", "source"))
+        remedy = "add `source:` with a model folder or a Hugging Face name; the backbone `scratch` needs none"
+        message = f"the backbone {backbone.get('name', 'auto')!r} needs a source"
+        problems.append(TdroError(message, where=where, remedy=remedy))
+    path = sections.get("transfer", {}).get("weights_from")
+    if isinstance(path, str) and not os.path.isfile(path) and not _VARIABLE.search(path):
+        problems.append(_missing_file(path, _where(places, ("transfer", "weights_from"))))
+    rival, models = evaluated.get("compare_to"), evaluated["models"]
+    if isinstance(rival, str) and isinstance(models, list) and rival not in models:
+        where, remedy = _where(places, ("eval", "compare_to")), did_you_mean(rival, map(str, models))
+        problems.append(TdroError(f"compare_to names {rival!r}, which is not evaluated", where=where, remedy=remedy))
+    return problems
+
+
+def _needs_source(backbone: Any) -> bool:
+    try:
+        return isinstance(backbone, str) and not hasattr(registry.find("backbones", backbone).load(), "prepare")
+    except TdroError:
+        return False  # no such plugin, which is told elsewhere
 
 
 def _missing_file(path: str, where: str) -> TdroError:
     beside = Path(where.rsplit(":", 1)[0]).parent / path
     remedy = (
         f"it lies beside the recipe: run from {beside.parent}, or write the path {beside}"
-        if beside.is_file()
+        if os.path.isfile(beside)
         else f"paths are relative to the working directory, {os.getcwd()}"
     )
     return TdroError(f"there is no file {path}", where=where, remedy=remedy)
@@ -652,11 +783,20 @@ def shipped() -> dict[str, str]:
 
 
 def copy_shipped(name: str, to: Path) -> None:
-    """Raises TdroError for an unknown name, or if `to` exists."""
+    """Writes a recipe that stands alone: the task list that it names is put in its place.
+
+    Raises TdroError for an unknown name, or if `to` exists.
+    """
     if name not in shipped():
         raise TdroError(f"no recipe {name!r} comes with tdro", remedy=did_you_mean(name, shipped()))
     if to.exists():
         raise TdroError(f"{to} exists", remedy="name another file")
     from tdro_cli.artifacts import write_text
 
-    write_text(to, (_shipped_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    recipe = _shipped_folder() / f"{name}.yaml"
+
+    def task_list(match: re.Match) -> str:
+        return "tasks:\n" + (recipe.parent / match[1]).read_text(encoding="utf-8")
+
+    text = recipe.read_text(encoding="utf-8")
+    write_text(to, re.sub(r"^tasks: (\S+\.yaml).*\n", task_list, text, flags=re.MULTILINE))

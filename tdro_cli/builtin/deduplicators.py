@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DENSE = "\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"  # Han, kana, Hangul, Yi: a character says a lot
 BESIDE_DENSE = re.compile(f"(?<=[{DENSE}]) | (?=[{DENSE}])")
+BEYOND_BMP = re.compile("[\U00010000-\U0010ffff]")
 WORD = re.compile(f"[{DENSE}]|[^ {DENSE}]+")
 LEAD_IN = re.compile(r"[^:：]{1,40}[:：]\s*")  # "Question: ", "Please tell me: "
 MAX_WORDS = 400  # longer texts are compared by shingles only
@@ -68,11 +69,11 @@ class SimHash:
             marked += sum(unicodedata.category(character)[0] == "M" for character in text) * 10 > len(text)
         found = []
         if without_letters:
-            found.append(f"{without_letters} texts have no letter or digit: to simhash they equal all such texts")
+            found.append(f"texts without a letter or digit: {without_letters}; to simhash they equal all such texts")
         if marked:
             found.append(
-                f"{marked} texts are more than a tenth combining marks (as Hindi and Thai are), which simhash drops: "
-                "different words can look alike; check these pairs, or use minhash"
+                f"texts of more than a tenth combining marks, as Hindi and Thai are: {marked}; simhash drops "
+                "the marks, so different words can look alike: check these pairs, or use minhash"
             )
         return found
 
@@ -134,22 +135,30 @@ def normalized(text: str) -> str:
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     folded = folded.replace("i\u0307", "i").replace("ı", "i")
-    deleted, spaced = _dropped_characters()
-    words = spaced.sub(" ", deleted.sub("", folded)).split()
+    kept = folded
+    for deleted, spaced in _dropped_characters()[: 2 if BEYOND_BMP.search(folded) else 1]:
+        kept = spaced.sub(" ", deleted.sub("", kept))
+    words = kept.split()
     return BESIDE_DENSE.sub("", " ".join(words or folded.split()))
 
 
 @cache
-def _dropped_characters() -> tuple[re.Pattern, re.Pattern]:
-    deleted, spaced = ["'’‘ʼ`´"], []
-    for code in range(0x110000):
-        character = chr(code)
-        category = unicodedata.category(character)
-        if category in ("Cf", "Cc", "Cs") and not character.isspace():
-            deleted.append(character)
-        elif (category[0] == "P" and character not in "#%&@'’‘") or (category == "Sk" and character not in "`´"):
-            spaced.append(character)
-    return tuple(re.compile("[" + "".join(map(re.escape, "".join(kept))) + "]+") for kept in (deleted, spaced))
+def _dropped_characters() -> list[tuple[re.Pattern, re.Pattern]]:
+    """Patterns of what is deleted and what becomes a space: up to U+FFFF, and beyond.
+
+    Apart, as `re` looks a character of the first kind up at once, but tries those beyond one after the other.
+    """
+    patterns = []
+    for codes in (range(0x10000), range(0x10000, 0x110000)):
+        deleted, spaced = [], []
+        for character in map(chr, codes):
+            category = unicodedata.category(character)
+            if character in "'’‘ʼ`´" or (category in ("Cf", "Cc", "Cs") and not character.isspace()):
+                deleted.append(character)
+            elif (category[0] == "P" and character not in "#%&@") or category == "Sk":
+                spaced.append(character)
+        patterns.append(tuple(re.compile(f"[{re.escape(''.join(kept))}]+") for kept in (deleted, spaced)))
+    return patterns
 
 
 def shingles(text: str) -> set[str]:
@@ -244,7 +253,8 @@ class _EqualTexts:
                 self.held_out.setdefault(key, []).append(index)
 
     def __call__(self, texts: Sequence[str]) -> Matches:
-        return _matches((row, h, 1.0) for row, text in enumerate(texts) for h in self.held_out.get(normalized(text), ()))
+        same = (self.held_out.get(normalized(text), ()) for text in texts)
+        return _matches((row, h, 1.0) for row, found in enumerate(same) for h in found)
 
 
 class _NearFingerprints:
@@ -277,7 +287,9 @@ class _SameQuestions:
     def _signatures(self, texts: Sequence[str]) -> np.ndarray:
         import numpy as np
 
-        parts = [self.hasher([shingles(text) for text in texts[low : low + 4096]]) for low in range(0, len(texts), 4096)]
+        parts = [
+            self.hasher([shingles(text) for text in texts[low : low + 4096]]) for low in range(0, len(texts), 4096)
+        ]
         return np.concatenate(parts) if parts else self.hasher([])
 
     def __call__(self, texts: Sequence[str]) -> Matches:

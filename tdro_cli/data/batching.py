@@ -101,8 +101,9 @@ def task_counts(plan: BatchPlan, step: int) -> np.ndarray:
     if plan.uniform:  # in whole numbers: equal counts, and the remainder goes round
         edge = plan.queries * (np.arange(tasks + 1) + step % tasks) // tasks
     else:  # systematic sampling: every count is the expected one, rounded down or up
-        share = np.cumsum([0.0, *_exact(plan.probabilities)]) * plan.queries
-        edge = np.floor(np.round(share + step * _GOLDEN % 1.0, 9)).astype(np.int64)
+        share = np.cumsum([0.0, *_exact(plan.probabilities)])
+        edge = np.floor(np.round(share * plan.queries + step * _GOLDEN % 1.0, 9)).astype(np.int64)
+        edge[share >= share[-1]] = edge[0] + plan.queries  # whatever the rounding
     return np.diff(edge)
 
 
@@ -192,7 +193,7 @@ def permuted(index: np.ndarray, size: int, key: int) -> np.ndarray:
     """
     half = max((size - 1).bit_length() + 1 >> 1, 1)
     mask = np.uint64((1 << half) - 1)
-    value = np.asarray(index, dtype=np.uint64)
+    value = np.array(index, dtype=np.uint64)
     outside = np.ones(value.shape, dtype=bool)
     while outside.any():
         left, right = value[outside] >> np.uint64(half), value[outside] & mask

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from tdro_cli.learn.schedules import learning_rate
 from tdro_cli.model.encoder import EncoderContract, TextEncoder, add_lora, check_lengths
 from tdro_cli.recipe import Checkpoint, Optimizer, Recipe, Schedule, Training
 from tdro_cli.run.distributed import World
-from tdro_cli.run.engine import Engine, keep_newest, newest_checkpoint, seed_everything
+from tdro_cli.run.engine import Engine, checkpoints_in, damage, keep_newest, remove, seed_everything
 from tdro_cli.run.plan import Plan, open_tasks
 from tdro_cli.run.progress import Progress
+from tdro_cli.run.signals import StopWish
 
 # ---- what both trainers start from ----
 
@@ -105,6 +106,16 @@ def training_tasks(plan: Plan, rows: str) -> list[TrainingTask]:
     return tasks
 
 
+def require_queries(world: World, queries: int) -> None:
+    """Raises TdroError unless every process gets a query of a batch."""
+    if queries < world.size:
+        raise TdroError(
+            f"a batch of {queries} queries can't be divided among {world.size} processes",
+            where="batch.queries",
+            remedy="use a larger batch or fewer processes",
+        )
+
+
 def token_batches(
     plan: BatchPlan,
     tasks: Sequence[TrainingTask],
@@ -132,6 +143,12 @@ def token_batches(
 # ---- the run: metrics, checkpoints, resuming ----
 
 
+class Stopped(RunFailed):
+    """The user's wish (Ctrl-C, SIGTERM), granted after a step and a checkpoint."""
+
+    exit_code = 130
+
+
 @dataclass(eq=False)
 class Run:
     """What a training loop shares with every other: where it is, its log and its checkpoints."""
@@ -144,6 +161,7 @@ class Run:
     schedule: Schedule
     checkpoint: Checkpoint
     progress: Progress
+    stop_wish: StopWish = field(default_factory=StopWish)
 
     @property
     def checkpoints(self) -> Path:
@@ -155,7 +173,7 @@ class Run:
 
     def resume(self) -> tuple[int, dict[str, Any] | None]:
         """The step to go on from, and the state saved with it; (0, None) at the start."""
-        newest = newest_checkpoint(self.checkpoints)
+        newest = self._sound_checkpoint()
         if newest is None:
             self._trim_metrics(0)
             return 0, None
@@ -165,6 +183,25 @@ class Run:
         if self.world.leads:
             self.progress.note(f"  resuming from step {step}")
         return step, state
+
+    def _sound_checkpoint(self) -> Path | None:
+        """The newest checkpoint whose files are those that were written. Damaged ones are removed, with a warning."""
+        sound = -1
+        if self.world.leads:
+            for folder in checkpoints_in(self.checkpoints):
+                fault = damage(folder)
+                if fault is None:
+                    sound = _step_of(folder)
+                    break
+                self.progress.warn(
+                    f"the checkpoint {folder} is damaged ({fault}) and is removed; an earlier one is used"
+                )
+                remove(folder)
+        sound = self.world.most(sound)
+        return self._checkpoint_at(sound) if sound >= 0 else None
+
+    def _checkpoint_at(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
 
     def learning_rate(self, step: int) -> float:
         warmup = self.schedule.warmup_steps
@@ -183,12 +220,35 @@ class Run:
             with open(self.metrics_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(_finite(metrics), ensure_ascii=False) + "\n")
 
+    def require_finite(self, step: int, what: str, values: Mapping[str, float]) -> None:
+        """Raises RunFailed that names the tasks whose value isn't finite: nothing good comes of such a step."""
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        if bad:
+            raise RunFailed(
+                f"{what} of {', '.join(bad)} is not finite at step {step}",
+                where=str(self.plan.folder),
+                remedy="lower the learning rate, raise the temperature, or compute in float32",
+            )
+
+    def step(self, step: int) -> dict[str, float | None]:
+        """Updates the model by the gradient at hand. Raises RunFailed for a gradient that isn't finite."""
+        rate = self.learning_rate(step)
+        norm = self.engine.step(rate)
+        if norm is not None and not self.engine.skips_steps:
+            self.require_finite(step, "the gradient", {"the model": norm})
+        return {"learning_rate": rate, "gradient_norm": norm}
+
     def save(self, done: int, state: Mapping[str, Any]) -> None:
-        """A checkpoint after `done` steps, where one is due."""
-        if done % self.checkpoint.every_steps == 0 and done < self.steps:
-            self.engine.save(self.checkpoints / f"step-{done:06d}", {"step": done, **state})
+        """A checkpoint after `done` steps, where one is due. Where the user wishes to stop, one now, and Stopped."""
+        if done >= self.steps:
+            return
+        stop = self.world.most(int(self.stop_wish.uttered))
+        if stop or done % self.checkpoint.every_steps == 0:
+            self.engine.save(self._checkpoint_at(done), {"step": done, **state})
             if self.world.leads:
                 keep_newest(self.checkpoints, self.checkpoint.keep_last)
+        if stop:
+            raise Stopped(f"stopped after step {done} of {self.steps}", remedy="the same command goes on from there")
 
     def _trim_metrics(self, steps: int) -> None:
         """Drops the lines of steps that will be run again."""
@@ -197,6 +257,10 @@ class Run:
             artifacts.write_text(
                 self.metrics_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
             )
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -238,6 +302,7 @@ def train(
     `probabilities`: of each task that is used. `loss_weights`: factors of tasks' losses; 1 where absent.
     """
     recipe = plan.settings()
+    require_queries(world, section.batch.queries)
     seed_everything(recipe.seed, world.rank)
     tasks = [task for task in training_tasks(plan, rows) if probabilities.get(task.name, 0) > 0]
     encoder, tokenizer = load_encoder(recipe, backbone_source(plan))
@@ -266,50 +331,45 @@ def train(
         range(start, section.steps),
         hard_negatives=section.batch.passages_per_query - 1,
     )
-    with progress.start(plan.stage, section.steps, "steps") as bar:
+    with progress.start(plan.stage, section.steps, "steps") as bar, run.stop_wish:
         bar.advance(start)
         for step, batch in zip(range(start, section.steps), arriving, strict=True):
             step_began = time.monotonic()
-            query_pass = forward(engine, batch.queries + batch.passages, pad_id=tokenizer.pad_id, budget=budget)
+            passed = forward(engine, batch.queries + batch.passages, pad_id=tokenizer.pad_id, budget=budget)
             count = len(batch.queries)
             shared = gather_batch(world, batch)
-            query_BD = world.gather(query_pass.embedding_ND[:count]).requires_grad_()
-            passage_MD = world.gather(query_pass.embedding_ND[count:]).requires_grad_()
+            query_BD = world.gather(passed.embedding_ND[:count]).requires_grad_()
+            passage_MD = world.gather(passed.embedding_ND[count:]).requires_grad_()
             mask_BM = shared.mask(tasks, cross_device=section.cross_device_negatives)
             loss_B = infonce(query_BD, passage_MD, shared.first_B, recipe.encoder.temperature, mask_BM)
             loss = (loss_B * factor_G[shared.task_B]).mean()
             gradient_BD, gradient_MD = torch.autograd.grad(loss, (query_BD, passage_MD))
             own = torch.cat([gradient_BD[shared.own_queries], gradient_MD[shared.own_passages]])
-            backward(engine, query_pass, own)
-            rate = run.learning_rate(step)
-            norm = engine.step(rate)
-            loss_by_task, count_G = _task_means(loss_B.detach(), shared.task_B, len(tasks))
-            if not np.isfinite(loss_by_task).all():
-                raise RunFailed(
-                    f"the loss is not finite at step {step}",
-                    where=str(run.metrics_file),
-                    remedy="lower the learning rate, raise the temperature, or use float32",
-                )
+            loss_by_task, count_G = task_means(loss_B.detach(), shared.task_B, len(tasks))
+            by_name = {task.name: float(loss_by_task[i]) for i, task in enumerate(tasks) if count_G[i]}
+            run.require_finite(step, "the loss", by_name)
+            backward(engine, passed, own)
+            applied = run.step(step)
             seen_G += count_G
-            tokens += query_pass.tokens
+            step_tokens, computed = world.sums(passed.tokens, passed.computed)
+            tokens += step_tokens
             mean = float((loss_by_task * count_G).sum() / count_G.sum())
             run.log(
                 {
                     "step": step,
                     "loss": mean,
-                    "learning_rate": rate,
-                    "gradient_norm": norm,
-                    "tokens_per_second": query_pass.tokens * world.size / (time.monotonic() - step_began),
-                    "padding_share": 1 - query_pass.tokens / max(query_pass.computed, 1),
+                    **applied,
+                    "tokens_per_second": step_tokens / (time.monotonic() - step_began),
+                    "padding_share": 1 - step_tokens / computed,
                     "tasks": {
-                        task.name: {"count": int(n), "loss": float(value)}
-                        for task, n, value in zip(tasks, count_G, loss_by_task, strict=True)
-                        if n
+                        task.name: {"count": int(count_G[i]), "loss": by_name[task.name]}
+                        for i, task in enumerate(tasks)
+                        if count_G[i]
                     },
                 }
             )
-            run.save(step + 1, {"seen": torch.from_numpy(seen_G), "tokens": tokens})
             bar.advance(1, loss=mean)
+            run.save(step + 1, {"seen": torch.from_numpy(seen_G), "tokens": tokens})
     seconds = time.monotonic() - began
     done = {
         "steps": section.steps,
@@ -350,33 +410,32 @@ class SharedBatch:
 
 def gather_batch(world: World, batch: TokenBatch) -> SharedBatch:
     """Tells every rank what the others hold beside the embeddings."""
-    device = world.device
-
-    def gathered(values: np.ndarray) -> Tensor:
-        return world.gather(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(device))
-
     queries, passages = len(batch.queries), len(batch.passages)
-    rank_B, rank_M = gathered(np.full(queries, world.rank)), gathered(np.full(passages, world.rank))
-    count_B = gathered(batch.count_B)
     width = world.most(batch.positive_ids_BP.shape[1])
-    positive_ids = np.full((queries, width), NO_TEXT, dtype=np.int64)
-    positive_ids[:, : batch.positive_ids_BP.shape[1]] = batch.positive_ids_BP
+    of_query = np.full((queries, 4 + width), NO_TEXT, dtype=np.int64)
+    of_query[:, 0], of_query[:, 1] = world.rank, batch.task_B
+    of_query[:, 2], of_query[:, 3] = batch.count_B, batch.query_id_B
+    of_query[:, 4 : 4 + batch.positive_ids_BP.shape[1]] = batch.positive_ids_BP
+    of_passage = np.stack([np.full(passages, world.rank, dtype=np.int64), batch.passage_id_M], 1)
+    all_BK = world.gather(torch.from_numpy(of_query).to(world.device))
+    all_MK = world.gather(torch.from_numpy(of_passage).to(world.device))
+    rank_B, count_B, rank_M = all_BK[:, 0], all_BK[:, 2], all_MK[:, 0]
     first_own, first_passage = int((rank_B < world.rank).sum()), int((rank_M < world.rank).sum())
     return SharedBatch(
-        task_B=gathered(batch.task_B),
+        task_B=all_BK[:, 1],
         first_B=count_B.cumsum(0) - count_B,
-        row_M=torch.repeat_interleave(torch.arange(len(count_B), device=device), count_B),
+        row_M=torch.repeat_interleave(torch.arange(len(count_B), device=world.device), count_B),
         rank_M=rank_M,
         rank_B=rank_B,
-        query_id_B=gathered(batch.query_id_B),
-        passage_id_M=gathered(batch.passage_id_M),
-        positive_ids_BP=gathered(positive_ids),
+        query_id_B=all_BK[:, 3],
+        passage_id_M=all_MK[:, 1],
+        positive_ids_BP=all_BK[:, 4:],
         own_queries=slice(first_own, first_own + queries),
         own_passages=slice(first_passage, first_passage + passages),
     )
 
 
-def _task_means(loss_B: Tensor, task_B: Tensor, num_tasks: int) -> tuple[np.ndarray, np.ndarray]:
+def task_means(loss_B: Tensor, task_B: Tensor, num_tasks: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean loss and count of each task: [G] each; 0 for an absent one."""
     loss, task = loss_B.double().cpu().numpy(), task_B.cpu().numpy()
     count_G = np.bincount(task, minlength=num_tasks)

@@ -5,6 +5,7 @@ B queries of the global batch, b of a micro-batch, N passages per query, D embed
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tdro_cli import artifacts, registry
-from tdro_cli.data.batching import Batch, BatchPlan, assemble, drawn_counts
+from tdro_cli.data.batching import Batch, BatchPlan, assemble, batch_at, drawn_counts
 from tdro_cli.data.collation import TokenBatch, TrainingTask, collate
 from tdro_cli.data.tokenization import TextTokenizer
 from tdro_cli.errors import RunFailed
@@ -32,7 +33,14 @@ from tdro_cli.learn.dro import (
     update_weights,
 )
 from tdro_cli.learn.reference_cache import ReferenceCache, loss_key
-from tdro_cli.learn.training import Run, backbone_source, load_encoder, token_batches, training_tasks
+from tdro_cli.learn.training import (
+    Run,
+    backbone_source,
+    load_encoder,
+    require_queries,
+    token_batches,
+    training_tasks,
+)
 from tdro_cli.model.encoder import TextEncoder
 from tdro_cli.model.packing import encode_token_lists
 from tdro_cli.protocols import TaskLosses
@@ -207,6 +215,7 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
     """Runs the stage and publishes weights.json, losses.parquet and trajectory.parquet."""
     recipe = plan.settings()
     section = recipe.learn_weights
+    require_queries(world, section.batch.queries)
     measurement = registry.resolve("loss_measurements", section.loss_measurement.name, section.loss_measurement.options)
     updater = registry.resolve("weight_updaters", section.weight_updater.name, section.weight_updater.options)
     seed_everything(recipe.seed, world.rank)
@@ -237,8 +246,20 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
     samples = getattr(updater, "samples", False)
     source = None if samples else _scheduled(batches, tasks, tokenizer, world, range(step, section.steps), section)
     names = [task.name for task in tasks]
+
+    def update(state: WeightState, losses: TaskLosses, step: int) -> tuple[WeightState, Tensor]:
+        _require_finite(run, step, losses, names)
+        try:
+            return update_weights(
+                state, measurement, updater, losses, progress=step / section.steps, absent_tasks=section.absent_tasks
+            )
+        except ValueError as error:
+            raise RunFailed(
+                f"the weights can't be updated at step {step}: {error}", remedy="change the measurement"
+            ) from error
+
     began = time.monotonic()
-    with progress.start(plan.stage, section.steps, "steps") as bar:
+    with progress.start(plan.stage, section.steps, "steps") as bar, run.stop_wish:
         bar.advance(step)
         while step < section.steps:
             step_began = time.monotonic()
@@ -256,7 +277,7 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
             if section.proxy_weights == "current":
                 proxy_B, _, _ = _proxy_pass(engine, own, recipe, tokenizer.pad_id, None)
                 losses = _pooled(world, whole, proxy_B, reference_B, len(tasks), section.batch.parts)
-                state, seen_M = _update(state, measurement, updater, losses, step, section, names)
+                state, seen_M = update(state, losses, step)
                 scale_G = updater.weights(state.updater)
                 _, tokens, computed = _proxy_pass(
                     engine, own, recipe, tokenizer.pad_id, _own_weights(whole, scale_G, world)
@@ -265,9 +286,9 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
                 own_weights = _own_weights(whole, weights_G, world)
                 proxy_B, tokens, computed = _proxy_pass(engine, own, recipe, tokenizer.pad_id, own_weights)
                 losses = _pooled(world, whole, proxy_B, reference_B, len(tasks), section.batch.parts)
-                state, seen_M = _update(state, measurement, updater, losses, step, section, names)
-            rate = run.learning_rate(step)
-            norm = engine.step(rate)
+                state, seen_M = update(state, losses, step)
+            applied = run.step(step)
+            tokens, computed = world.sums(tokens, computed)
             seen_G = seen_G + np.bincount(whole.task_B, minlength=len(tasks))
             if log is not None:
                 file_rows = np.array([tasks[t].rows[r] for t, r in zip(whole.task_B, whole.row_B, strict=True)])
@@ -275,17 +296,17 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
             metrics = _metrics(losses, seen_M, state, updater, measurement, names)
             metrics |= {
                 "step": step,
-                "learning_rate": rate,
-                "gradient_norm": norm,
-                "tokens_per_second": tokens * world.size / (time.monotonic() - step_began),
-                "padding_share": 1 - tokens / max(computed, 1),
+                **applied,
+                "tokens_per_second": tokens / (time.monotonic() - step_began),
+                "padding_share": 1 - tokens / computed,
             }
             run.log(metrics)
             step += 1
+            bar.advance(1, loss=metrics["loss"], effective_tasks=metrics["effective_tasks"])
             counts = _counted(counted, reference, began)
             run.save(step, {"weights": state.plain(), "seen": torch.from_numpy(seen_G), "counted": counts})
-            bar.advance(1, loss=metrics["loss"], effective_tasks=metrics["effective_tasks"])
     counts = _counted(counted, reference, began)
+    counts["forwards"], counts["hits"] = world.sums(counts["forwards"], counts["hits"])
     if reference is not None:
         reference.cache.close()
     world.barrier()
@@ -297,7 +318,7 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
 
 
 def _counted(before: dict[str, Any], reference: Reference | None, began: float) -> dict[str, Any]:
-    """Reference forwards and cache hits (queries of this rank) and seconds, those before a resume included."""
+    """Reference forwards and cache hits in queries of this rank, and seconds; those before a resume included."""
     return {
         "forwards": before["forwards"] + (reference.forwards if reference else 0),
         "hits": before["hits"] + (reference.hits if reference else 0),
@@ -309,8 +330,6 @@ def _scheduled(
     batches: BatchPlan, tasks: list[TrainingTask], tokenizer: TextTokenizer, world: World, steps: range, section: Any
 ) -> Iterator[tuple[Batch, TokenBatch]]:
     """The batches that depend on nothing learned: whole, and this rank's part."""
-    from tdro_cli.data.batching import batch_at
-
     arriving = token_batches(
         batches, tasks, tokenizer, world, steps, hard_negatives=section.batch.passages_per_query - 1
     )
@@ -376,25 +395,10 @@ def _pooled(
     )
 
 
-def _update(
-    state: WeightState, measurement: Any, updater: Any, losses: TaskLosses, step: int, section: Any, names: list[str]
-) -> tuple[WeightState, Tensor]:
-    if not bool(losses.proxy.isfinite().all()) or (
-        losses.reference is not None and not bool(losses.reference.isfinite().all())
-    ):
-        bad = sorted({names[t] for t in losses.task[~losses.proxy.isfinite()].tolist()}) or ["the reference's"]
-        raise RunFailed(
-            f"a loss is not finite at step {step}: {', '.join(bad)}",
-            remedy="lower the learning rate, raise the temperature, or use float32",
-        )
-    try:
-        return update_weights(
-            state, measurement, updater, losses, progress=step / section.steps, absent_tasks=section.absent_tasks
-        )
-    except ValueError as error:
-        raise RunFailed(
-            f"the weights can't be updated at step {step}: {error}", remedy="change the measurement"
-        ) from error
+def _require_finite(run: Run, step: int, losses: TaskLosses, names: list[str]) -> None:
+    for what, loss_B in (("the loss", losses.proxy), ("the reference's loss", losses.reference)):
+        if loss_B is not None and not bool(loss_B.isfinite().all()):
+            run.require_finite(step, what, dict(zip(names, losses.mean_by_task(loss_B).tolist(), strict=True)))
 
 
 def _metrics(
@@ -413,10 +417,8 @@ def _metrics(
     }
     if losses.reference is not None:
         columns["reference_loss"] = losses.mean_by_task(losses.reference)
-        try:
+        with contextlib.suppress(ValueError, TypeError):  # a measurement that needs every task has no jackknife
             columns["standard_error"] = standard_error(measurement, losses)
-        except (ValueError, TypeError):
-            pass  # a measurement that can't do without a task has no jackknife
     clamped = getattr(measurement, "clamped_share", None)
     if clamped is not None:
         columns["clamped_share"] = clamped(losses)

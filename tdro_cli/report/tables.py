@@ -76,7 +76,7 @@ def print_results(plans: Mapping[str, Plan], stages: Sequence[str]) -> None:
         elif stage == "transfer":
             print_sampling(console, out)
         elif stage == "eval":
-            print_measures(console, out)
+            print_measures(console, plans[stage])
     console.print("[bold]Where everything lies[/bold]")
     for stage, plan in plans.items():
         if stage in stages:
@@ -88,11 +88,23 @@ def print_results(plans: Mapping[str, Plan], stages: Sequence[str]) -> None:
 def print_mining(console: Any, out: Path) -> None:
     audit = artifacts.read_json(out / "audit.json")
     rows = [
-        [name, f"{task['rows']:,}", task["negatives"]["fewer"], task["negatives"]["none"]]
+        [
+            name,
+            f"{task['rows']:,}",
+            f"{task['negatives']:,}",
+            task.get("rows_with_fewer", 0),
+            task.get("rows_with_none", 0),
+            _share(task.get("share_positive_found")),
+            _share(task.get("share_positive_first")),
+            _share(task.get("share_rows_above_positive")),
+        ]
         for name, task in audit["tasks"].items()
-        if isinstance(task.get("negatives"), dict)
     ]
-    console.print(_table("Hard negatives", ["task", "rows", "rows with too few", "rows without any"], rows))
+    columns = ["task", "rows", "negatives", "rows with few", "with none", "positive found", "found first", "beaten"]
+    console.print(_table("Hard negatives", columns, rows))
+    console.print(
+        "  beaten: a passage not known to be relevant scores above the positive; some of these are relevant\n"
+    )
 
 
 def print_dedup(console: Any, out: Path) -> None:
@@ -193,11 +205,24 @@ def print_sampling(console: Any, out: Path) -> None:
     )
 
 
-def print_measures(console: Any, out: Path) -> None:
-    from tdro_cli.retrieve.evaluation import comparison_table
+def print_measures(console: Any, plan: Plan) -> None:
+    """The measures of every model side by side, then the last model against the one it is compared to."""
+    from tdro_cli.retrieve.evaluation import comparison_note, comparison_table, folder_name
 
-    for title, columns, rows in comparison_table(artifacts.read_json(out / "comparison.json")):
-        console.print(_table(title, columns, rows))
+    models = plan.settings().eval.models
+    summaries = {name: artifacts.read_json(plan.out / folder_name(name) / "measures.json") for name in models}
+    for measure in dict.fromkeys(m for s in summaries.values() for values in s["results"].values() for m in values):
+        collections = dict.fromkeys(c for s in summaries.values() for c, v in s["results"].items() if measure in v)
+        rows = [[c, *(_number(s["results"].get(c, {}).get(measure)) for s in summaries.values())] for c in collections]
+        rows.append(["average", *(_number(s["average"].get(measure)) for s in summaries.values())])
+        console.print(_table(measure, ["collection", *summaries], rows))
+    if (plan.out / "comparison.json").is_file():
+        comparison = artifacts.read_json(plan.out / "comparison.json")
+        main = comparison["models"][-1]
+        mine = {key: [r for r in comparison[key] if r["model"] == main] for key in ("rows", "averages")}
+        header, *rows = comparison_table({**comparison, **mine, "models": [main]})
+        console.print(_table(f"{main} against {comparison['baseline']}", header, rows))
+        console.print(f"  {comparison_note(comparison)}\n")
 
 
 def print_sample(folder: Path, written: Mapping[str, Any]) -> None:
@@ -225,6 +250,53 @@ def print_plugins(listed: Sequence[Mapping[str, Any]]) -> None:
         for column in table.columns:
             column.justify, column.overflow = "left", "fold"
         console.print(table)
+
+
+# ---- ablations ----
+
+
+def print_grid(result: Mapping[str, Any]) -> None:
+    console = _console()
+    (print_designs if result["stage"] == "learn-weights" else print_strategies)(console, result)
+
+
+def print_designs(console: Any, result: Mapping[str, Any]) -> None:
+    """Final weights side by side."""
+    designs = result["designs"]
+    names = next(iter(designs.values()))["tasks"]
+    rows = [[name, *(_spread(design["tasks"][name], 4) for design in designs.values())] for name in names]
+    rows.append(["effective tasks", *(f"{design['effective_tasks']:.1f}" for design in designs.values())])
+    rows.append(["rank corr. between seeds", *(_number(design["between_seeds"]) for design in designs.values())])
+    rows.append(["reference forwards", *(sum(design["reference_forwards"]) for design in designs.values())])
+    seeds = ", ".join(map(str, result["seeds"]))
+    console.print(_table(f"Final α, mean ± standard deviation over seeds {seeds}", ["task", *designs], rows))
+    rows = [[a, *(f"{value:.2f}" for value in row.values())] for a, row in result["rank_correlation"].items()]
+    console.print(_table("Rank correlation of α between designs", ["", *designs], rows))
+
+
+def print_strategies(console: Any, result: Mapping[str, Any]) -> None:
+    """Strategies by collections, and tests against the baseline."""
+    from tdro_cli.retrieve.evaluation import comparison_note, comparison_table
+
+    first = next(iter(result["rows"].values()))["measures"]
+    seeds = ", ".join(map(str, result["seeds"]))
+    for measure in first["average"]:
+        rows = [
+            [name, _share(row["data_used"]), *(_spread(row["measures"][c].get(measure), 4) for c in row["measures"])]
+            for name, row in result["rows"].items()
+        ]
+        title = f"{measure}, mean ± standard deviation over seeds {seeds}"
+        console.print(_table(title, ["", "data used", *first], rows))
+    for comparison in result["tests"].values():
+        header, *rows = comparison_table(comparison)
+        console.print(_table(f"{comparison['models'][0]} against {comparison['baseline']}", header, rows))
+        console.print(f"  {comparison_note(comparison)}\n")
+
+
+def _spread(value: Mapping[str, float | None] | None, digits: int) -> str:
+    if value is None:
+        return "-"
+    return f"{value['mean']:.{digits}f}" + (f" ± {value['sd']:.{digits}f}" if value["sd"] is not None else "")
 
 
 # ---- plans ----
@@ -306,3 +378,7 @@ def _bytes(count: float) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"

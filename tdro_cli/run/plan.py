@@ -12,6 +12,7 @@ from tdro_cli.errors import Problems, TdroError
 from tdro_cli.recipe import LoadedRecipe, PluginChoice, Recipe
 
 STAGES = ("mine", "dedup", "backbone", "train-ref", "learn-weights", "transfer", "finetune", "eval")
+SEEDED = ("backbone", "train-ref", "learn-weights", "finetune")
 DISTRIBUTED = ("train-ref", "learn-weights", "finetune")
 MODEL_STAGES = {"untrained": "backbone", "train_ref": "train-ref", "finetune": "finetune"}
 
@@ -69,7 +70,6 @@ def make_plans(loaded: LoadedRecipe, runs: Path, *, needed: Sequence[str] = STAG
         numbers = {
             "stage": stage,
             "tdro": __version__,
-            "seed": recipe.seed,
             "above": {name: plans[name].digest for name in above},
             **_numbers(recipe, stage, data, data_stage),
         }
@@ -175,6 +175,10 @@ def is_prepared(recipe: Recipe) -> bool:
     return hasattr(registry.find("backbones", recipe.backbone.name).load(), "prepare")
 
 
+def data_seed(recipe: Recipe) -> int:
+    return recipe.seed if recipe.data_seed is None else recipe.data_seed
+
+
 def reads_weights(recipe: Recipe) -> bool:
     """Whether the transfer strategy uses learned weights (baselines such as `uniform` don't)."""
     strategy = registry.find("transfer_strategies", recipe.transfer.strategy.name).load()
@@ -194,7 +198,10 @@ def _numbers(recipe: Recipe, stage: str, data: Mapping[str, Any], data_from: str
         "lora": recipe.lora and recipe.lora.numbers(),
         "deepspeed": recipe.deepspeed,
     }
+    if stage in SEEDED:
+        numbers["seed"] = recipe.seed
     if stage == "mine":
+        numbers["seed"] = data_seed(recipe)
         numbers["mine"] = {**recipe.mine.numbers(), "plugin": plugin("negative_miners", recipe.mine.negative_miner)}
     elif stage == "dedup":
         against = recipe.dedup.against or (recipe.eval.benchmarks if recipe.eval else [])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tdro_cli import __version__, artifacts, registry
 from tdro_cli.errors import TdroError
-from tdro_cli.run.plan import Plan, open_tasks
+from tdro_cli.run.plan import Plan, data_seed, open_tasks
 from tdro_cli.run.progress import Progress, Silent, progress
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ def mine(plan: Plan, shown: Progress) -> None:
     stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
     prompts = {task.name: task.prompt for task in recipe.tasks}
     with publishing(plan) as out:
-        mine_tasks(list(stores.values()), recipe.mine, prompts=prompts, seed=recipe.seed, folder=out, progress=shown)
+        mine_tasks(
+            list(stores.values()), recipe.mine, prompts=prompts, seed=data_seed(recipe), folder=out, progress=shown
+        )
 
 
 def dedup(plan: Plan, shown: Progress) -> None:
@@ -111,7 +113,9 @@ def backbone(plan: Plan, shown: Progress) -> None:
     from itertools import islice
 
     from tdro_cli.data.formats import passage_text
+    from tdro_cli.run.distributed import join
 
+    join()
     recipe = plan.settings()
     stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
     share = max(1, BACKBONE_TEXTS // (2 * len(stores)))
@@ -192,14 +196,21 @@ def transfer(plan: Plan, shown: Progress) -> None:
 def evaluate(plan: Plan, shown: Progress) -> None:
     from tdro_cli.model.embedding import load_embedder
     from tdro_cli.retrieve.evaluation import evaluate as evaluate_models
+    from tdro_cli.run.distributed import join
 
+    join()
     recipe = plan.settings()
     models: dict[str, Any] = {}
     for name in recipe.eval.models:
         models[name] = "bm25" if name == "bm25" else _embedder(plan, name, load_embedder)
     with publishing(plan) as out:
         evaluate_models(
-            models, collections(recipe.eval.benchmarks), recipe.eval, folder=out, cache=Path(plan.cache), progress=shown
+            models,
+            list(collections(recipe.eval.benchmarks)),
+            recipe.eval,
+            folder=out,
+            cache=Path(plan.cache),
+            progress=shown,
         )
 
 

@@ -254,6 +254,10 @@ def test_corpus_that_shows_no_language_takes_that_of_the_queries():
     assert detect_analyzer(["x = 1"], ["42"]) == "standard"
 
 
+def test_japanese_with_texts_without_kana_is_japanese():
+    assert detect_analyzer(["革命", "日本海", "模写する", "紛失する"]) == "ja"
+
+
 def test_unknown_language_code_gets_the_standard_analyzer_and_nonsense_is_refused():
     assert analyzer_of("yo") == "standard"
     assert analyzer_of("PT-br") == "pt"
