@@ -80,6 +80,10 @@ def ours(train: list[Text], held_out: list[str], name: str = "SimHash") -> tuple
     return pairs, time.process_time() - began
 
 
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
@@ -104,11 +108,11 @@ def main() -> int:
     print("decisions identical")
     for rows in given.rows:
         train = [Text(str(i), text) for i, text in enumerate(queries(sources, rows, seed=2))]  # before the clock starts
+        before = peak_megabytes()
         pairs, seconds = ours(train, held_out)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(
             f"simhash      {rows:>9,} rows  {seconds:7.2f} s  {rows / seconds:9,.0f} queries/s  {len(pairs)} pairs  "
-            f"{rows / seconds / plain_rate:5.1f} x  peak {peak:,.0f} MB"
+            f"{rows / seconds / plain_rate:5.1f} x  +{peak_megabytes() - before:,.0f} MB"
         )
     ratio = rows / seconds / plain_rate
     for name in ("Exact", "MinHash"):

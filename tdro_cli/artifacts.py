@@ -8,8 +8,9 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,7 @@ def publishing(folder: Path, manifest: Callable[[], Mapping[str, Any]]) -> Itera
 
 
 def _put(aside: Path, folder: Path) -> None:
-    """Renames `aside` to `folder`, unless that is an artifact already; a leftover without a manifest makes way.
-
-    Nothing is removed where another process could be putting an artifact, only what has been moved out of its way.
-    """
+    """Renames `aside` to `folder`, unless that is an artifact already; a leftover without a manifest makes way."""
     while not is_complete(folder):
         try:
             os.rename(aside, folder)
@@ -98,18 +96,33 @@ def _put(aside: Path, folder: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-        leftover = _aside(folder)
-        try:
-            os.rename(folder, leftover)
-        except FileNotFoundError:
-            continue  # another process has moved it
-        if is_complete(leftover):  # published between our looking and our moving: back to its place
-            aside, leftover = leftover, aside
-            continue
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink()
+        _clear(folder)
+
+
+def _clear(leftover: Path) -> None:
+    """Empties a folder that is no artifact, or removes a file, so that a folder can be renamed to its name.
+
+    Works through the folder's descriptor: an artifact that another process puts in its place meanwhile is not touched.
+    """
+    try:
+        descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        leftover.unlink(missing_ok=True)  # a file or a link; of a folder, this fails
+        return
+    try:
+        names = os.listdir(descriptor)
+        for name in names if MANIFEST not in names else ():
+            with suppress(FileNotFoundError):
+                if stat.S_ISDIR(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
+                    shutil.rmtree(name, dir_fd=descriptor)
+                else:
+                    os.unlink(name, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _aside(path: Path) -> Path:

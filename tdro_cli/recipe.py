@@ -710,7 +710,7 @@ def _late_problems(values: Mapping, places: Mapping[Place, str]) -> list[TdroErr
     """What a stage would otherwise miss hours later: a source, a file, a model."""
     problems = []
     sections = {key: value for key, value in values.items() if isinstance(value, dict)}
-    backbone, evaluated = sections.get("backbone"), {"models": ["train_ref", "finetune"], **sections.get("eval", {})}
+    backbone = sections.get("backbone")
     if backbone is not None and backbone.get("source") is None and _needs_source(backbone.get("name", "auto")):
         where = _where(places, ("backbone", "source"))
         remedy = "add `source:` with a model folder or a Hugging Face name; the backbone `scratch` needs none"
@@ -719,9 +719,10 @@ def _late_problems(values: Mapping, places: Mapping[Place, str]) -> list[TdroErr
     path = sections.get("transfer", {}).get("weights_from")
     if isinstance(path, str) and not os.path.isfile(path) and not _VARIABLE.search(path):
         problems.append(_missing_file(path, _where(places, ("transfer", "weights_from"))))
-    rival, models = evaluated.get("compare_to"), evaluated["models"]
-    if isinstance(rival, str) and isinstance(models, list) and rival not in models:
-        where, remedy = _where(places, ("eval", "compare_to")), did_you_mean(rival, map(str, models))
+    evaluated = sections.get("eval", {})
+    rival, models = (evaluated.get(key, Eval.model_fields[key].default) for key in ("compare_to", "models"))
+    if "eval" in sections and isinstance(rival, str) and isinstance(models, list) and rival not in models:
+        where, remedy = _where(places, ("eval", "compare_to")), f"{did_you_mean(rival, map(str, models))}; null: none"
         problems.append(TdroError(f"compare_to names {rival!r}, which is not evaluated", where=where, remedy=remedy))
     return problems
 

@@ -109,12 +109,15 @@ def find(kind: str, name: str, *, where: str | None = None) -> Plugin:
 
 
 def options_of(plugin_class: Any) -> dict[str, Option]:
-    """The options that a plugin takes, in order."""
+    """The options that a plugin takes, in order. Raises TdroError if it is nothing that can be called."""
     try:
         hints = typing.get_type_hints(plugin_class if dataclasses.is_dataclass(plugin_class) else plugin_class.__init__)
-    except (NameError, TypeError, AttributeError):  # hints that name what only a type checker imports
+    except Exception:  # hints that name what only a type checker imports, or that are no hints at all
         hints = {}
-    parameters = inspect.signature(plugin_class).parameters.values()
+    try:
+        parameters = inspect.signature(plugin_class).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise TdroError(f"not a class: {error}", remedy="let the entry point name a class") from error
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {p.name: Option(p.name, hints.get(p.name, Any), p.default) for p in parameters if p.kind in kinds}
 
@@ -125,10 +128,14 @@ def resolve(kind: str, name: str, options: Mapping[str, Any] | None = None, *, w
     `where` names the place in the recipe for the error text. Raises TdroError (several: Problems) for an unknown name,
     an unknown, missing or ill-typed option, or a value that the plugin refuses with ValueError.
     """
-    plugin_class = find(kind, name, where=where and f"{where}.name").load()
-    given = dict(options or {})
-    known = options_of(plugin_class)
+    plugin = find(kind, name, where=where and f"{where}.name")
     what = f"{singular(kind)} {name!r}"
+    try:
+        plugin_class = plugin.load()
+        known = options_of(plugin_class)
+    except TdroError as error:
+        raise TdroError(error.message, where=where and f"{where}.name", remedy=error.remedy) from error
+    given = dict(options or {})
     problems = [
         TdroError(f"{what} has no option {key!r}", where=_option_place(where, key), remedy=did_you_mean(key, known))
         for key in given
@@ -145,12 +152,11 @@ def resolve(kind: str, name: str, options: Mapping[str, Any] | None = None, *, w
             try:
                 values[key] = _typed(value, known[key].type)
             except ValueError as error:
-                expected = getattr(known[key].type, "__name__", str(known[key].type))
                 problems.append(
                     TdroError(
                         f"{what}: option {key!r} can't be {value!r}: {error}",
                         where=_option_place(where, key),
-                        remedy=f"give a value of type {expected}",
+                        remedy=f"give a value of type {inspect.formatannotation(known[key].type)}",
                     )
                 )
     if problems:
@@ -159,6 +165,14 @@ def resolve(kind: str, name: str, options: Mapping[str, Any] | None = None, *, w
         return plugin_class(**values)
     except ValueError as error:
         raise TdroError(f"{what}: {error}", where=where and f"{where}.options", remedy="change that option") from error
+    except TdroError:
+        raise
+    except Exception as error:  # a stranger's constructor may raise anything
+        raise TdroError(
+            f"{what} of {plugin.distribution} {plugin.version} can't be made: {type(error).__name__}: {error}",
+            where=where and f"{where}.options",
+            remedy=f"change its options, or tell the authors of {plugin.distribution}",
+        ) from error
 
 
 def _option_place(where: str | None, key: str) -> str | None:
@@ -172,7 +186,7 @@ def _typed(value: Any, hint: Any) -> Any:
     if hint is Any:
         return value
     try:
-        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+        return TypeAdapter(hint).validate_json(json.dumps(value, allow_nan=False), strict=True)
     except ValidationError as error:
         raise ValueError(error.errors()[0]["msg"]) from error
     except TypeError as error:

@@ -329,6 +329,11 @@ def test_a_model_to_compare_to_that_is_not_evaluated_is_told_before_anything_run
     assert message == "compare_to names 'train-ref', which is not evaluated" and "did you mean 'train_ref'?" in remedy
 
 
+def test_who_evaluates_without_the_reference_must_say_what_to_compare_to():
+    assert one_fault(RECIPE + "  models: [finetune]\n")[1] == "recipe.yaml:17, eval.compare_to"
+    assert load(RECIPE + "  models: [finetune]\n  compare_to: null\n").recipe.eval.compare_to is None
+
+
 def test_a_weights_file_that_is_missing_is_told_with_the_rest():
     assert one_fault(RECIPE, "transfer.weights_from=nowhere.json")[:2] == (
         "there is no file nowhere.json",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,8 @@ BESIDE_DENSE = re.compile(f"(?<=[{DENSE}]) | (?=[{DENSE}])")
 BEYOND_BMP = re.compile("[\U00010000-\U0010ffff]")
 WORD = re.compile(f"[{DENSE}]|[^ {DENSE}]+")
 LEAD_IN = re.compile(r"[^:：]{1,40}[:：]\s*")  # "Question: ", "Please tell me: "
-MAX_WORDS = 400  # longer texts are compared by shingles only
+REMEMBERED = 4096
+MAX_TYPOS = 20  # in a text; with more it is another one
 
 
 @dataclass(frozen=True)
@@ -181,32 +183,27 @@ def jaccard(one: set[str], other: set[str]) -> float:
 
 
 def only_slips(one: str, other: str) -> bool:
-    """Whether two normalised texts differ only in words left out, added or mistyped, not exchanged for others.
+    """Whether two normalised texts differ only in words left out, added, moved or mistyped, not exchanged for others.
 
     One exchanged word in twenty is allowed, no exchanged number.
     """
-    import difflib
-
     words, others = WORD.findall(one), WORD.findall(other)
-    if max(len(words), len(others)) > MAX_WORDS:
-        return True
-    if any(map(str.isdigit, one)) and any(map(str.isdigit, other)):
-        numbers, other_numbers = _numbers(words), _numbers(others)
-        if numbers - other_numbers and other_numbers - numbers:
-            return False
-    exchanged = 0
-    for what, a, b, c, d in difflib.SequenceMatcher(None, words, others, autojunk=False).get_opcodes():
-        if what == "replace":
-            exchanged += _exchanged(words[a:b], others[c:d])
-    return exchanged * 20 <= max(len(words), len(others))
+    allowed = max(len(words), len(others)) // 20
+    counted, counted_others = Counter(words), Counter(others)
+    left, right = list((counted - counted_others).elements()), list((counted_others - counted).elements())
+    if any(map(_has_digit, left)) and any(map(_has_digit, right)) and "".join(left) != "".join(right):
+        return False
+    if min(len(left), len(right)) > allowed + MAX_TYPOS:
+        return False
+    return _exchanged(left, right) <= allowed
 
 
-def _numbers(words: Iterable[str]) -> set[str]:
-    return {word for word in words if any(map(str.isdigit, word))}
+def _has_digit(word: str) -> bool:
+    return any(map(str.isdigit, word))
 
 
 def _exchanged(words: Sequence[str], others: Sequence[str]) -> int:
-    """How many words of a replaced stretch stand for other ones, rather than being mistyped, split or joined."""
+    """How many words stand for other ones, rather than being mistyped, split, joined, left out or added."""
     if "".join(words) == "".join(others):
         return 0
     few, many = sorted([list(words), list(others)], key=len)
@@ -278,6 +275,7 @@ class _SameQuestions:
 
         self.held_out, self.threshold = held_out, threshold
         self.normalized = [normalized(text) for text in held_out]
+        self.shingles: dict[int, set[str]] = {}  # of held-out texts that were candidates
         self.hasher = MinHasher(num_permutations)
         signatures = self._signatures(self.normalized)
         self.index = MinHashIndex(signatures, rows_per_band(threshold, num_permutations))
@@ -307,7 +305,11 @@ class _SameQuestions:
         other = self.normalized[h]
         if key == other:
             return 1.0 if key else None
-        similarity = jaccard(own, shingles(other))
+        if h not in self.shingles:
+            if len(self.shingles) >= REMEMBERED:
+                self.shingles.clear()
+            self.shingles[h] = shingles(other)
+        similarity = jaccard(own, self.shingles[h])
         if similarity >= self.threshold:
             return similarity if only_slips(key, other) else None
         if other == without_lead_in(text) or key == without_lead_in(self.held_out[h]):

@@ -111,9 +111,6 @@ def _set_template(exported: Any, backend: Any, prefix_ids: list[int], suffix_ids
         pair=around("$A", 0) + around("$B", 1),
         special_tokens=list(dict(zip([*before, *after], [*prefix_ids, *suffix_ids], strict=True)).items()),
     )
-    # a loader that meets these keys rebuilds the template from them
-    for key in ("add_bos_token", "add_eos_token"):
-        exported.init_kwargs.pop(key, None)
 
 
 def _plain_encoder(tokenizer: Any) -> Any:

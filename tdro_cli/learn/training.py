@@ -336,19 +336,19 @@ def train(
         for step, batch in zip(range(start, section.steps), arriving, strict=True):
             step_began = time.monotonic()
             passed = forward(engine, batch.queries + batch.passages, pad_id=tokenizer.pad_id, budget=budget)
-            count = len(batch.queries)
-            shared = gather_batch(world, batch)
-            query_BD = world.gather(passed.embedding_ND[:count]).requires_grad_()
-            passage_MD = world.gather(passed.embedding_ND[count:]).requires_grad_()
-            mask_BM = shared.mask(tasks, cross_device=section.cross_device_negatives)
-            loss_B = infonce(query_BD, passage_MD, shared.first_B, recipe.encoder.temperature, mask_BM)
-            loss = (loss_B * factor_G[shared.task_B]).mean()
-            gradient_BD, gradient_MD = torch.autograd.grad(loss, (query_BD, passage_MD))
-            own = torch.cat([gradient_BD[shared.own_queries], gradient_MD[shared.own_passages]])
-            loss_by_task, count_G = task_means(loss_B.detach(), shared.task_B, len(tasks))
+            contrasted = contrast(
+                world,
+                passed.embedding_ND,
+                batch,
+                tasks,
+                factor_G,
+                temperature=recipe.encoder.temperature,
+                cross_device=section.cross_device_negatives,
+            )
+            loss_by_task, count_G = task_means(contrasted.loss_B, contrasted.task_B, len(tasks))
             by_name = {task.name: float(loss_by_task[i]) for i, task in enumerate(tasks) if count_G[i]}
             run.require_finite(step, "the loss", by_name)
-            backward(engine, passed, own)
+            backward(engine, passed, contrasted.gradient_ND)
             applied = run.step(step)
             seen_G += count_G
             step_tokens, computed = world.sums(passed.tokens, passed.computed)
@@ -380,6 +380,39 @@ def train(
         "seconds": seconds,
     }
     publish(engine, tokenizer, done)
+
+
+@dataclass(eq=False)
+class Contrast:
+    """Losses and tasks of the global batch [B]; the gradient of its mean loss at this rank's embeddings [N, D]."""
+
+    loss_B: Tensor
+    task_B: Tensor
+    gradient_ND: Tensor
+
+
+def contrast(
+    world: World,
+    embedding_ND: Tensor,
+    batch: TokenBatch,
+    tasks: Sequence[TrainingTask],
+    factor_G: Tensor,
+    *,
+    temperature: float,
+    cross_device: bool,
+) -> Contrast:
+    """InfoNCE over the passages of all ranks. `embedding_ND`: this rank's queries, then its passages."""
+    count = len(batch.queries)
+    shared = gather_batch(world, batch)
+    query_BD = world.gather(embedding_ND[:count]).requires_grad_()
+    passage_MD = world.gather(embedding_ND[count:]).requires_grad_()
+    mask_BM = shared.mask(tasks, cross_device=cross_device)
+    loss_B = infonce(query_BD, passage_MD, shared.first_B, temperature, mask_BM)
+    # every rank has the whole loss, so its part of the gradient is exact, and none need be exchanged
+    loss = (loss_B * factor_G[shared.task_B]).mean()
+    gradient_BD, gradient_MD = torch.autograd.grad(loss, (query_BD, passage_MD))
+    own_ND = torch.cat([gradient_BD[shared.own_queries], gradient_MD[shared.own_passages]])
+    return Contrast(loss_B.detach(), shared.task_B, own_ND)
 
 
 @dataclass(eq=False)

@@ -21,6 +21,7 @@ from tdro_cli.model.packing import encode_token_lists
 from tdro_cli.protocols import LoadedBackbone
 
 CHUNK = 4096
+CPU_TOKEN_BUDGET = 2048  # a processor gains nothing from larger batches, and computes more padding in them
 UNPINNED_LENGTH = 512  # of a model that comes without a length of its own
 DIGESTED = (
     *("*.safetensors", "*.bin", "config.json", "adapter_config.json"),
@@ -31,8 +32,8 @@ DIGESTED = (
 class Embedder:
     """Embeds queries and passages, without gradients and with dropout off.
 
-    `token_budget`: tokens, padding included, that go through the model at once. `digest` names the model and its
-    contract: 64 hexadecimal digits; the same digest gives the same embeddings.
+    `token_budget`: tokens, padding included, that go through the model at once (on a CPU at most 2,048). `digest` names
+    the model and its contract: 64 hexadecimal digits; the same digest gives the same embeddings.
     """
 
     def __init__(
@@ -45,9 +46,10 @@ class Embedder:
         token_budget: int = 16384,
         device: torch.device | str | None = None,
     ):
-        self.encoder, self.contract, self.digest, self.token_budget = encoder, contract, digest, token_budget
+        self.encoder, self.contract, self.digest = encoder, contract, digest
         self.tokenizer = TextTokenizer(tokenizer, contract)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.token_budget = min(token_budget, CPU_TOKEN_BUDGET) if self.device.type == "cpu" else token_budget
         encoder.to(self.device)
 
     @property

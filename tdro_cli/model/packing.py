@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BUSY_TOKENS = 1024  # what a CPU core needs at once; a device with a larger budget needs more
+
 
 class Packed(NamedTuple):
     """Embeddings [N, D] in the order of the texts, their tokens, and the padding computed beside them (in tokens)."""
@@ -31,16 +33,21 @@ class Packed(NamedTuple):
 def token_budget_batches(lengths: Sequence[int], budget: int) -> list[np.ndarray]:
     """Indices into `lengths`, longest first, in batches with count × longest length <= `budget`.
 
-    A text longer than the budget is a batch of its own. Equal lengths keep their order. Every index occurs once.
-    Raises ValueError unless `budget` > 0.
+    A batch also ends before a text that is an eighth shorter than its longest, once it has enough tokens to keep a
+    device busy: then padding stays low whatever the budget. A text longer than the budget is a batch of its own. Equal
+    lengths keep their order. Every index occurs once. Raises ValueError unless `budget` > 0.
     """
     if budget <= 0:
         raise ValueError(f"the token budget must be > 0, got {budget}")
     length = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-length, kind="stable")
+    busy = max(BUSY_TOKENS, budget // 16)
     batches, start = [], 0
     while start < len(order):
-        count = max(1, budget // max(1, int(length[order[start]])))
+        longest = max(1, int(length[order[start]]))
+        count = max(1, budget // longest)
+        alike = int(np.searchsorted(-length[order[start:]], -longest * 7 // 8, side="right"))  # at least 7/8 as long
+        count = min(count, max(alike, -(-busy // longest)))
         batches.append(order[start : start + count])
         start += count
     return batches

@@ -19,6 +19,8 @@ MAX_CHARACTERS = 0xFFFE  # distinct ones that a table can name with 16 bits; 0 p
 EMPTY = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 MULTIPLIER = np.uint64(0x9E37_79B9_7F4A_7C15)  # 2**64 / golden ratio: Fibonacci hashing
 MIN_BITS, MAX_BITS = 16, 22  # slots of a shingle table; at the most 64 MB
+ENTRY = np.dtype([("key", np.uint64), ("value", np.uint64)])  # side by side: one access to memory finds both
+BLOCK = 1 << 16  # shingles looked up together
 MD5_START = [np.uint32(word) for word in (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476)]
 MD5_CONSTANTS = [np.uint32(int(abs(math.sin(step + 1)) * 2**32)) for step in range(64)]
 MD5_SHIFTS = ((7, 12, 17, 22), (5, 9, 14, 20), (4, 11, 16, 23), (6, 10, 15, 21))
@@ -27,19 +29,14 @@ CHINESE = re.compile("[㐀-䶿一-鿿]")
 
 
 def release_text(text: str) -> str:
-    """What the paper's release gives to its SimHash: without underscores, Chinese cut into words by jieba.
+    """A text whose SimHash is what the paper's release gets after deleting underscores and cutting Chinese by jieba.
 
-    The cut only adds spaces, which the hash drops again. It changes one thing: a capital Σ that ends a word is
-    lower-cased to ς, and the cut moves ends of words. So jieba runs only where a text holds both.
+    The cut puts spaces between, which the hash drops again. What it changes is one letter: a capital Σ at the end of a
+    word is lower-cased to ς, but jieba makes every letter that is neither Chinese nor ASCII a word of its own, and then
+    it becomes σ. So that letter is written here, and jieba need not run.
     """
-    if "_" in text:
-        text = text.replace("_", "")
-    if "Σ" in text and CHINESE.search(text):
-        import jieba
-
-        jieba.setLogLevel(60)  # it reports on standard error that it loads its dictionary
-        text = " ".join(jieba.lcut(text))
-    return text
+    text = text.replace("_", "")
+    return text.replace("Σ", "σ") if "Σ" in text and CHINESE.search(text) else text
 
 
 def plain_fingerprint(text: str) -> int:
@@ -78,10 +75,13 @@ class SimHasher:
         """Fingerprints [Q] uint64."""
         if not texts:
             return np.empty(0, np.uint64)
-        # Σ alone needs its text's own preparation: elsewhere underscores and jieba's spaces are dropped like any other
-        texts = [release_text(text) if "Σ" in text else text for text in texts]
-        # İ alone would become two characters, of which the second is dropped
-        joined = "\n".join(texts).replace("İ", "i").lower() + "\n"
+        # only Σ needs its text's own preparation: else an underscore is dropped like any other sign
+        joined = "\n".join(texts)
+        if "Σ" in joined:
+            texts = [release_text(text) if "Σ" in text else text for text in texts]
+            joined = "\n".join(texts)
+        # only İ would become two characters, of which the second is dropped
+        joined = joined.replace("İ", "i").lower() + "\n"
         code = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
         length = np.fromiter(map(len, texts), np.int64, len(texts)) + 1  # with the line break, which is dropped
         kept = self.is_kept[code]
@@ -220,7 +220,7 @@ def _majority(hash_S: np.ndarray, num_shingles_Q: np.ndarray) -> np.ndarray:
     The bits of a hash become 64 bytes, added eight at a time as 64-bit words: exact for 255 hashes, so longer texts are
     added in pieces.
     """
-    piece, block = 255, 1024
+    piece, block = 255, 256
     num_pieces = -(-num_shingles_Q // piece)
     first_piece = np.cumsum(num_pieces) - num_pieces
     start = np.cumsum(num_shingles_Q) - num_shingles_Q
@@ -247,13 +247,17 @@ class ShingleTable:
 
     def _clear(self, bits: int) -> None:
         self.bits, self.used = bits, 0
-        self.keys = np.full(1 << bits, EMPTY)
-        self.values = np.zeros(1 << bits, np.uint64)
+        self.entries = np.zeros(1 << bits, ENTRY)
+        self.keys, self.values = self.entries["key"], self.entries["value"]  # views
+        self.keys[:] = EMPTY
 
     def hashes(self, key_S: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """The hash of each shingle: [S] uint64. `compute(keys)` gives those of keys that are new."""
-        slot, absent = self._find(key_S)
-        value = self.values[slot]
+        parts = [self._hashes(key_S[low : low + BLOCK], compute) for low in range(0, len(key_S), BLOCK)]
+        return np.concatenate(parts) if parts else np.empty(0, np.uint64)
+
+    def _hashes(self, key_S: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        value, absent = self._find(key_S)
         if len(absent):
             new, where = np.unique(key_S[absent], return_inverse=True)
             tails = compute(new)
@@ -265,29 +269,36 @@ class ShingleTable:
         return (key * MULTIPLIER >> np.uint64(64 - self.bits)).view(np.int64)
 
     def _find(self, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The slot of each key, and the indices of those that have none."""
+        """The value of each key, and the indices of those that are absent."""
         slot = self._slots(key)
+        entry = self.entries.take(slot)
+        value = entry["value"].copy()
+        pending = np.flatnonzero(entry["key"] != key)
+        key, slot, entry = key[pending], slot[pending], entry[pending]
         absent = []
-        pending = np.flatnonzero(self.keys[slot] != key)
         while len(pending):
-            here = self.keys[slot[pending]]
-            absent.append(pending[here == EMPTY])
-            pending = pending[(here != EMPTY) & (here != key[pending])]
-            slot[pending] = (slot[pending] + 1) & (len(self.keys) - 1)
-        return slot, np.concatenate(absent) if absent else np.empty(0, np.int64)
+            free = entry["key"] == EMPTY
+            absent.append(pending[free])
+            further = np.flatnonzero(~free)
+            pending, key, slot = pending[further], key[further], (slot[further] + 1) & (len(self.entries) - 1)
+            entry = self.entries.take(slot)
+            hit = entry["key"] == key
+            value[pending[hit]] = entry["value"][hit]
+            miss = np.flatnonzero(~hit)
+            pending, key, slot, entry = pending[miss], key[miss], slot[miss], entry[miss]
+        return value, np.concatenate(absent) if absent else np.empty(0, np.int64)
 
     def _remember(self, key: np.ndarray, value: np.ndarray) -> None:
         """Adds distinct new keys."""
         if self.used + len(key) > len(self.keys) // 2:
-            old = self.keys != EMPTY
-            old_keys, old_values = self.keys[old], self.values[old]
+            old = self.entries[self.keys != EMPTY]
             bits = max(self.bits, (2 * (self.used + len(key)) - 1).bit_length())
             if bits > MAX_BITS:
                 self._clear(MAX_BITS)
                 key, value = key[: len(self.keys) // 2], value[: len(self.keys) // 2]
             else:
                 self._clear(bits)
-                self._insert(old_keys, old_values)
+                self._insert(old["key"], old["value"])
         self._insert(key, value)
 
     def _insert(self, key: np.ndarray, value: np.ndarray) -> None:

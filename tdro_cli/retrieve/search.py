@@ -78,11 +78,14 @@ class TopK:
             score_Qm, place_Qm = _stable_topk(score_Qn, self.k)
         else:
             # only what beats the last kept can enter: after the first chunks that is next to nothing
-            better_Qn = score_Qn > score_QK[:, -1:]
-            if int(better_Qn.sum(1).max()) > 4 * self.k:
+            row, place = (score_Qn > score_QK[:, -1:]).nonzero(as_tuple=True)
+            if not len(row):
+                return score_QK, index_QK
+            count_Q = row.bincount(minlength=len(score_Qn))
+            if int(count_Q.max()) > 4 * self.k:
                 score_Qm, place_Qm = _stable_topk(score_Qn, self.k)
             else:
-                score_Qm, place_Qm = _gather(score_Qn, better_Qn)
+                score_Qm, place_Qm = _to_the_left(score_Qn, row, place, count_Q)
         score = torch.cat([score_QK, score_Qm], 1)
         order = score.sort(dim=1, descending=True, stable=True).indices[:, : self.k]
         return score.gather(1, order), torch.cat([index_QK, place_Qm + offset], 1).gather(1, order)
@@ -111,24 +114,17 @@ def _stable_topk(score_Qn: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return score, place
 
 
-def _gather(score_Qn: Tensor, chosen_Qn: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen scores of each row and their places, moved to the left; rows are filled up with -inf."""
-    count_Q = chosen_Qn.sum(1)
-    row, place = chosen_Qn.nonzero(as_tuple=True)  # row by row, places ascending
-    column = _ranks(count_Q, len(row))
+def _to_the_left(score_Qn: Tensor, row: Tensor, place: Tensor, count_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores at (row, place), ordered by row, at the left of each row, with their places; -inf after them."""
+    import torch
+
+    first_Q = count_Q.cumsum(0) - count_Q
+    column = torch.arange(len(row)) - first_Q[row]
     score_Qm = score_Qn.new_full((len(score_Qn), int(count_Q.max())), -float("inf"))
     place_Qm = place.new_zeros(score_Qm.shape)
     score_Qm[row, column] = score_Qn[row, place]
     place_Qm[row, column] = place
     return score_Qm, place_Qm
-
-
-def _ranks(count_Q: Tensor, total: int) -> Tensor:
-    """0..count-1 for each row, one row after the other: [sum of counts]."""
-    import torch
-
-    first_Q = count_Q.cumsum(0) - count_Q
-    return torch.arange(total) - first_Q.repeat_interleave(count_Q)
 
 
 # ---- embeddings on disk ----

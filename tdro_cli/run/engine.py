@@ -19,7 +19,6 @@ from tdro_cli import artifacts
 from tdro_cli.errors import RunFailed
 from tdro_cli.recipe import Optimizer
 from tdro_cli.run.distributed import World
-from tdro_cli.run.launch import free_port
 
 NO_CLIPPING = 1e30  # a threshold that never binds, but makes DeepSpeed take the gradient norm
 
@@ -216,19 +215,15 @@ def _restore_random_state(state: Mapping[str, Any]) -> None:
 
 def _import_deepspeed(world: World) -> Any:
     """DeepSpeed with its process group made, saying only what is wrong."""
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         if not torch.distributed.is_initialized():
-            deepspeed.init_distributed("nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+            # a process alone needs no port, and leaves nothing in the environment of those that it starts
+            alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
+            torch.distributed.init_process_group(backend, **alone)
+        deepspeed.init_distributed(backend, verbose=False)
     return deepspeed

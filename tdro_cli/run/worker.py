@@ -91,7 +91,13 @@ def mine(plan: Plan, shown: Progress) -> None:
     prompts = {task.name: task.prompt for task in recipe.tasks}
     with publishing(plan) as out:
         mine_tasks(
-            list(stores.values()), recipe.mine, prompts=prompts, seed=data_seed(recipe), folder=out, progress=shown
+            list(stores.values()),
+            recipe.mine,
+            prompts=prompts,
+            seed=data_seed(recipe),
+            folder=out,
+            progress=shown,
+            cache=Path(plan.cache),
         )
 
 

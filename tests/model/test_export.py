@@ -155,6 +155,14 @@ def test_the_same_weights_give_the_same_bytes(lora, tiny, tmp_path):
     assert digests[0] == digests[1]
 
 
+def test_nothing_saved_depends_on_hashing_or_asks_for_another_template(tiny, tmp_path):
+    save(tiny("mistral"), contract_of("mistral"), tmp_path / "m", lora=True)
+    adapter = json.loads((tmp_path / "m" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["target_modules"] == sorted(adapter["target_modules"])  # a set in peft
+    config = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
+    assert not {"add_bos_token", "add_eos_token"} & config.keys()
+
+
 def test_weights_given_apart_are_the_ones_saved(tiny, texts, tmp_path):
     encoder, tokenizer = encoder_of(tiny("qwen2"), contract_of("qwen2"), lora=True)
     gathered = {name: tensor.clone() for name, tensor in encoder.backbone.state_dict().items()}

@@ -1,0 +1,31 @@
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "transformers", "deepspeed", "peft", "numpy", "pyarrow", "scipy", "faiss", "jnius"}
+
+
+def imported(*arguments: str) -> set[str]:
+    """The top-level modules that `tdro ARGUMENTS` has imported when it ends."""
+    code = (
+        "import sys, atexit\n"
+        "from tdro_cli.cli import main\n"
+        f"sys.argv = ['tdro', *{list(arguments)!r}]\n"
+        "atexit.register(lambda: print('\\nmodules:', *sorted({name.split('.')[0] for name in sys.modules})))\n"
+        "main()\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return set(told.rpartition("modules:")[2].split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["transfer", "--help"], ["recipe", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    modules = imported(*arguments)
+    assert "tdro_cli" in modules
+    assert not modules & HEAVY
+
+
+def test_checking_and_listing_import_no_model_and_no_jvm():
+    for arguments in (["recipe", "list"], ["recipe", "schema"], ["plugins"]):
+        assert not imported(*arguments) & {"torch", "transformers", "deepspeed", "peft", "jnius", "pyserini"}
