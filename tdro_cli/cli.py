@@ -359,10 +359,19 @@ def main() -> None:
             raise
         _report(error, as_json)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # typer's code for Ctrl-C, of which it says nothing
+            raise
         print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
+        raise SystemExit(1) from None
+    except OSError as error:
+        if debug:
+            raise
+        named = f": {error.filename}" if error.filename else ""
+        remedy = "check the disk, the path and its permissions; --debug shows where it happened"
+        print(f"error: {error.strerror or error}{named}\n  {remedy}", file=sys.stderr)
         raise SystemExit(1) from None
     except Exception as error:
         if debug:

@@ -201,7 +201,9 @@ class LearnWeights(Section):
     """updates of the task weights"""
     batch: WeightBatch = WeightBatch()
     loss_measurement: _plugin("loss_measurements", "relative") = PluginChoice(name="relative")
+    """how much headroom each task has, from its losses"""
     weight_updater: _plugin("weight_updaters", "exponentiated_gradient") = PluginChoice(name="exponentiated_gradient")
+    """how measurements change the weights"""
     proxy_weights: Literal["previous", "current"] = "previous"
     """which weights scale the proxy's gradient: before this step's update (one forward pass) or after (two)"""
     absent_tasks: Literal["last", "zero"] = "last"
@@ -215,6 +217,7 @@ class LearnWeights(Section):
 
 class Transfer(Section):
     strategy: _plugin("transfer_strategies", "reweight") = PluginChoice(name="reweight")
+    """how weights become sampling probabilities"""
     weights: Literal["final", "mean", "ema"] = "final"
     """which of the learned weights: of the last step, their mean over steps, or their moving average"""
     weights_from: str | None = None
@@ -228,6 +231,7 @@ class Finetune(Training):
 
 class Mine(Section):
     negative_miner: _plugin("negative_miners", "bm25") = PluginChoice(name="bm25")
+    """what ranks the task's passages for each query"""
     rank_window: list[int] = Field([2, 100], min_length=2, max_length=2)
     """first and last rank to choose from, counted from 1"""
     keep: int = Field(16, ge=1)
@@ -253,6 +257,7 @@ class Dedup(Section):
     against: list[_plugin("benchmarks")] = []
     """benchmarks, or folders in BEIR layout, whose queries must not be trained on; empty: those of `eval`"""
     deduplicator: _plugin("deduplicators", "simhash") = PluginChoice(name="simhash")
+    """which texts count as the same"""
     fields: list[Literal["query", "passage"]] = Field(["query"], min_length=1)
     """which training texts are compared: queries with test queries, positive passages with test documents"""
     within: Literal["none", "task", "all"] = "none"
@@ -261,6 +266,7 @@ class Dedup(Section):
 
 class Eval(Section):
     benchmarks: list[_plugin("benchmarks")] = Field(min_length=1)
+    """the test collections"""
     depth: int = Field(100, ge=1)
     """documents retrieved for a query"""
     measures: list[str] = Field(["nDCG@10", "R@100"], min_length=1)
@@ -270,7 +276,7 @@ class Eval(Section):
     compare_to: str | None = "train_ref"
     """the model of the list that the others are tested against"""
     prompt: str | None = None
-    """instruction put before test queries; null: none"""
+    """instruction put before test queries of collections that bring none; null: the model's own"""
 
 
 class Recipe(Section):
@@ -285,15 +291,25 @@ class Recipe(Section):
     tasks: list[Task] = Field(min_length=1)
     """the training sets, or the path of a YAML file that lists them"""
     backbone: Backbone | None = None
+    """the model that all trained models start from"""
     encoder: Encoder = Encoder()
+    """how a text becomes an embedding"""
     lora: Lora | None = None
+    """train low-rank adapters instead of all parameters"""
     mine: Mine | None = None
+    """find hard negatives; absent: those that the files have"""
     dedup: Dedup | None = None
+    """remove training rows that repeat test queries"""
     train_ref: TrainRef = TrainRef()
+    """the reference model: all tasks in equal shares"""
     learn_weights: LearnWeights = LearnWeights()
+    """the task weights, learned by a proxy model beside the reference"""
     transfer: Transfer = Transfer()
+    """from task weights to the shares of tasks in `finetune`"""
     finetune: Finetune = Finetune()
+    """the retriever"""
     eval: Eval | None = None
+    """measures on test collections"""
     deepspeed: dict[str, Any] = {}
     """keys of DeepSpeed's own configuration, merged over the generated one; `zero_stage: 0..3` for short"""
     skip_bad_rows: bool = False

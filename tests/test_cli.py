@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,12 @@ def test_the_table_shows_tasks_weights_and_epochs(tdro):
     code, out, _ = tdro("transfer")
     line = next(line for line in out.splitlines() if "tunnels" in line)
     assert code == 0 and line.split() == ["tunnels", "8", "0.3750", "0.3750", "30", "3.75"]
+
+
+def test_a_folder_that_looks_like_markup_is_shown_as_it_is(tdro):
+    for folder in ("a[bold]b", "a[/x]b"):
+        code, out, _ = tdro("transfer", "--runs", folder)
+        assert code == 0 and f"{folder}/roads/transfer-" in out
 
 
 def test_quiet_says_nothing_but_the_result(tdro):
@@ -231,7 +238,7 @@ def test_bad_rows_may_be_skipped_and_are_counted(tdro):
 def test_a_folder_that_cannot_be_written_is_told(tdro):
     Path("full").write_text("a file")
     code, _, err = tdro("transfer", "--runs", "full")
-    assert code in (1, 2) and "full" in err
+    assert code in (1, 2) and "full" in err and "fault of tdro" not in err
 
 
 # ---- recipes and plugins ----
@@ -290,6 +297,17 @@ def test_the_console_script_ends_with_the_code_and_without_a_traceback():
     for arguments, code in ((["recipe", "check"], 0), (["recipe", "check", "--set", "sead=1"], 2)):
         ended = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
         assert ended.returncode == code and "Traceback" not in ended.stderr
+
+
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on():
+    os.mkfifo("pipe.yaml")
+    command = [sys.executable, "-m", "tdro_cli", "recipe", "check", "pipe.yaml"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        writer = os.open("pipe.yaml", os.O_WRONLY)  # returns when the command waits for the recipe's text
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        os.close(writer)
+    assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
 
 
 def test_a_reader_that_leaves_early_makes_no_noise():

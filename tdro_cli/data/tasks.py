@@ -93,6 +93,17 @@ class TaskStore:
         """The rows that `held_out_rows(fraction)` leaves, sorted, int64."""
         return np.flatnonzero(~self._is_held_out(fraction))
 
+    def rows_with_negatives(self) -> np.ndarray:
+        """The rows that have a negative passage, sorted, int64."""
+        return np.flatnonzero(
+            np.concatenate(
+                [
+                    np.diff(batch.column("passages").offsets.to_numpy()) > batch.column("num_positives").to_numpy()
+                    for batch in self._batches()
+                ]
+            )
+        )
+
     def passages(self) -> Iterator[Passage]:
         """The distinct passages of the file: the first of each `docid`, in order of appearance."""
         for batch in self._batches():

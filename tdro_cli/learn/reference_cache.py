@@ -1,10 +1,11 @@
 """Reference losses on disk: a function of the reference model and the texts, so none is computed twice.
 
-One SQLite file a reference model. Safe to delete, shared by concurrent runs, bounded.
+One SQLite file for all reference models. Safe to delete, shared by concurrent runs, bounded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sqlite3
 import zlib
@@ -17,9 +18,9 @@ import numpy as np
 MAX_ROWS = 20_000_000  # about 1.2 GB
 
 
-def loss_key(query: Sequence[int], passages: Iterable[Sequence[int]]) -> bytes:
-    """16 bytes that name a query with its ordered passages, by their token ids."""
-    digest = hashlib.blake2b(digest_size=16)
+def loss_key(query: Sequence[int], passages: Iterable[Sequence[int]], *, model: bytes = b"") -> bytes:
+    """16 bytes that name a query with its ordered passages, by their token ids, and the model (at most 64 bytes)."""
+    digest = hashlib.blake2b(digest_size=16, key=model)
     for tokens in (query, *passages):
         digest.update(len(tokens).to_bytes(4, "little"))
         digest.update(array("i", tokens).tobytes())
@@ -27,26 +28,41 @@ def loss_key(query: Sequence[int], passages: Iterable[Sequence[int]]) -> bytes:
 
 
 class ReferenceCache:
-    """Losses in nats, float32, by `loss_key`. A damaged entry is as good as none; a damaged file is begun anew."""
+    """Losses in nats, float32, by `loss_key`. A damaged entry is as good as none; a damaged file is begun anew.
+
+    Where no file can be had the losses are kept in memory: the cache spares work, and never costs a run.
+    """
 
     def __init__(self, path: Path, *, max_rows: int = MAX_ROWS):
         self.path, self.max_rows = path, max_rows
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._database = self._open()
-        except sqlite3.DatabaseError:
-            path.unlink(missing_ok=True)
-            self._database = self._open()
+        self._database = self._open_or_renew()
 
-    def _open(self) -> sqlite3.Connection:
-        # used by one thread at a time, but not always by the one that made it
-        database = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-        database.execute("PRAGMA journal_mode=WAL")
-        database.execute("PRAGMA synchronous=NORMAL")
-        database.execute(
-            "CREATE TABLE IF NOT EXISTS losses (key BLOB PRIMARY KEY, loss REAL, checksum INTEGER) WITHOUT ROWID"
-        )
-        return database
+    def _open_or_renew(self) -> sqlite3.Connection:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                return _open(self.path)
+            except sqlite3.OperationalError:
+                raise  # locked, no room, not writable: the file may be sound
+            except sqlite3.DatabaseError:
+                self._remove()
+                return _open(self.path)
+        except (OSError, sqlite3.DatabaseError):
+            return _open(":memory:")
+
+    def _remove(self) -> None:
+        for name in (self.path.name, f"{self.path.name}-wal", f"{self.path.name}-shm"):
+            self.path.with_name(name).unlink(missing_ok=True)
+
+    def _after(self, error: sqlite3.DatabaseError) -> None:
+        """What can be done after a failure: a damaged file makes way, else the losses are only computed again."""
+        if not isinstance(error, sqlite3.OperationalError):
+            self._database.close()
+            with contextlib.suppress(OSError):
+                self._remove()
+            self._database = self._open_or_renew()
+        elif self._database.in_transaction:
+            self._database.execute("ROLLBACK")
 
     def look_up(self, keys: Sequence[bytes]) -> np.ndarray:
         """The losses of `keys`: [B] float32, NaN where there is none."""
@@ -63,20 +79,20 @@ class ReferenceCache:
                 for key, loss, checksum in self._database.execute(query, part):
                     if checksum == _checksum(key, loss):
                         found[places[key]] = loss
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            self._after(error)
             return np.full(len(keys), np.nan, dtype=np.float32)
         return found
 
     def store(self, keys: Sequence[bytes], losses: np.ndarray) -> None:
-        """Adds losses; one that is there already stays."""
+        """Adds losses, in place of damaged entries."""
         rows = [(key, float(loss), _checksum(key, float(loss))) for key, loss in zip(keys, losses, strict=True)]
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany("INSERT OR IGNORE INTO losses VALUES (?, ?, ?)", rows)
+            self._database.executemany("INSERT OR REPLACE INTO losses VALUES (?, ?, ?)", rows)
             self._database.execute("COMMIT")
-        except sqlite3.DatabaseError:  # a full disk or a damaged file: the losses are only computed again
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
+        except sqlite3.DatabaseError as error:
+            self._after(error)
 
     def __len__(self) -> int:
         return self._database.execute("SELECT count(*) FROM losses").fetchone()[0]
@@ -91,6 +107,21 @@ class ReferenceCache:
         except sqlite3.DatabaseError:
             pass  # nothing of value is lost
         self._database.close()
+
+
+def _open(path: Path | str) -> sqlite3.Connection:
+    # used by one thread at a time, but not always by the one that made it
+    database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+    try:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=NORMAL")
+        database.execute(
+            "CREATE TABLE IF NOT EXISTS losses (key BLOB PRIMARY KEY, loss REAL, checksum INTEGER) WITHOUT ROWID"
+        )
+    except sqlite3.DatabaseError:
+        database.close()
+        raise
+    return database
 
 
 def _checksum(key: bytes, loss: float) -> int:

@@ -84,8 +84,11 @@ def backbone_source(plan: Plan) -> str:
     return source
 
 
-def training_tasks(plan: Plan, rows: str) -> list[TrainingTask]:
-    """The tasks with the rows `all`, `held_in` or `held_out`. Raises TdroError for a task left without any."""
+def training_tasks(plan: Plan, rows: str, *, need_negatives: bool = False) -> list[TrainingTask]:
+    """The tasks with the rows `all`, `held_in` or `held_out`; of them, if asked, those that have a hard negative.
+
+    Raises TdroError for a task left without any.
+    """
     recipe = plan.settings()
     stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
     fraction = recipe.train_ref.hold_out
@@ -102,6 +105,14 @@ def training_tasks(plan: Plan, rows: str) -> list[TrainingTask]:
                 where="train_ref.hold_out",
                 remedy="hold out another share, or set learn_weights.rows to all",
             )
+        if need_negatives:
+            chosen = np.intersect1d(chosen, store.rows_with_negatives(), assume_unique=True)
+            if not len(chosen):
+                raise TdroError(
+                    f"task {task.name!r} has no hard negatives: without them a query has no loss",
+                    where=str(store.path),
+                    remedy="mine them (a `mine:` section), with `pad: true` where too few are found",
+                )
         tasks.append(TrainingTask(task.name, store, chosen, task.prompt, task.symmetric, task.in_batch_negatives))
     return tasks
 

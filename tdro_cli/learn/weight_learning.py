@@ -110,21 +110,22 @@ class Reference:
         self.recipe, self.pad_id, self.world = recipe, pad_id, world
         self.forwards = 0  # queries computed
         self.hits = 0
-        model = plan.input("train-ref") / "model"
+        self._source = plan.input("train-ref") / "model"
+        files = artifacts.manifest_of(self._source.parent)["files"]
         identity = {
-            "model": artifacts.manifest_of(model.parent)["files"],
+            "model": {name: files[name] for name in files if name.startswith("model/") and not name.endswith(".md")},
             "encoder": recipe.encoder.numbers(),
+            "dtype": recipe.backbone.dtype,
             "device": world.device.type,
         }
-        identity["dtype"] = recipe.backbone.dtype
-        self.cache = ReferenceCache(Path(plan.cache) / "reference" / f"{artifacts.digest_of(identity)[:24]}.sqlite")
-        self._source = model
+        self._identity = bytes.fromhex(artifacts.digest_of(identity))
+        self.cache = ReferenceCache(Path(plan.cache) / "reference_losses.sqlite")
         self._encoder: TextEncoder | None = None
 
     def losses(self, batch: TokenBatch) -> np.ndarray:
         """[B] float32 for this rank's queries."""
         keys = [
-            loss_key(query, batch.passages[first : first + count])
+            loss_key(query, batch.passages[first : first + count], model=self._identity)
             for query, first, count in zip(batch.queries, batch.first_B, batch.count_B, strict=True)
         ]
         known_B = self.cache.look_up(keys)
@@ -220,7 +221,7 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
     updater = registry.resolve("weight_updaters", section.weight_updater.name, section.weight_updater.options)
     seed_everything(recipe.seed, world.rank)
     rows = "held_out" if section.rows == "held_out" and recipe.train_ref.hold_out > 0 else "all"
-    tasks = training_tasks(plan, rows)
+    tasks = training_tasks(plan, rows, need_negatives=True)
     encoder, tokenizer = load_encoder(recipe, backbone_source(plan))
     engine = Engine(encoder, section.optimizer, recipe.deepspeed, world)
     engine.train()

@@ -18,8 +18,8 @@ def complete(plan: Plan) -> bool:
 def _console() -> Any:
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=int(os.environ.get("COLUMNS", 120)))
+    width = None if Console().is_terminal else int(os.environ.get("COLUMNS", 120))
+    return Console(highlight=False, markup=False, width=width)  # a folder may be named runs/a[1]
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
@@ -77,7 +77,7 @@ def print_results(plans: Mapping[str, Plan], stages: Sequence[str]) -> None:
             print_sampling(console, out)
         elif stage == "eval":
             print_measures(console, plans[stage])
-    console.print("[bold]Where everything lies[/bold]")
+    console.print("Where everything lies", style="bold")
     for stage, plan in plans.items():
         if stage in stages:
             console.print(f"  {stage:14} {plan.out}", soft_wrap=True)
@@ -166,7 +166,7 @@ def print_weights(console: Any, out: Path) -> None:
         f"  the largest measurement of a step carries {summary['top_share']:.0%} of the squared norm on average"
     )
     for warning in summary["warnings"]:
-        console.print(f"  [yellow]warning:[/yellow] {warning}")
+        console.print(f"  warning: {warning}", style="yellow")
 
 
 def print_counterfactual(console: Any, weights: Mapping[str, Any], summary: Mapping[str, Any]) -> None:

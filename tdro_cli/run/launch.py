@@ -252,7 +252,7 @@ def _fault(told: Sequence[str], code: int, log: Path) -> TdroError:
             kind = TdroError if code == TdroError.exit_code else RunFailed
             where, remedy = (more[0], more[1]) if len(more) == 2 else (str(log), more[0] if more else None)
             return kind(line.removeprefix("error: "), where=where, remedy=remedy)
-    words = next((line for line in reversed(told) if _names_exception(line)), None)
+    words = next((line for line in map(_after_rank, reversed(told)) if _names_exception(line)), None)
     if words is None:
         words = f"killed by signal {256 - code}" if 128 < code < 256 else f"the launcher returned {code}"
     return RunFailed(
@@ -260,7 +260,12 @@ def _fault(told: Sequence[str], code: int, log: Path) -> TdroError:
     )
 
 
+def _after_rank(line: str) -> str:
+    """Without the rank that torch puts in front: '[rank1]: '."""
+    return line.split("]: ", 1)[1] if line.startswith("[rank") and "]: " in line else line
+
+
 def _names_exception(line: str) -> bool:
-    """'SomethingError: why', optionally after the rank that torch puts in front."""
-    name = line.split("]: ", 1)[-1].partition(":")[0]
+    """'SomethingError: why'."""
+    name = line.partition(":")[0]
     return name.endswith(("Error", "Exception")) and " " not in name

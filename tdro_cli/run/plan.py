@@ -58,6 +58,7 @@ def make_plans(loaded: LoadedRecipe, runs: Path, *, needed: Sequence[str] = STAG
     """
     recipe, cache = loaded.recipe, runs / ".cache"
     wanted = _closure(loaded, needed)
+    _check_benchmarks(loaded, wanted)
     stores = open_tasks(recipe, {task.name: task.path for task in recipe.tasks}, cache)
     plans: dict[str, Plan] = {}
     data: dict[str, Any] = {
@@ -90,6 +91,32 @@ def make_plans(loaded: LoadedRecipe, runs: Path, *, needed: Sequence[str] = STAG
         if stage in ("mine", "dedup"):
             data_stage = stage
     return plans
+
+
+def _check_benchmarks(loaded: LoadedRecipe, wanted: set[str]) -> None:
+    """Raises Problems for measures that don't exist and benchmark files that are missing: now, not after training."""
+    recipe = loaded.recipe
+    if not recipe.eval and not recipe.dedup:
+        return
+    from tdro_cli.retrieve.evaluation import check_measures
+
+    problems: list[TdroError] = []
+    places: list[tuple[str, PluginChoice]] = []
+    if "eval" in wanted:
+        try:
+            check_measures(recipe.eval.measures, recipe.eval.depth)
+        except TdroError as error:
+            problems.append(TdroError(error.message, where=loaded.where("eval", "measures"), remedy=error.remedy))
+    if "eval" in wanted or ("dedup" in wanted and not recipe.dedup.against):
+        chosen = recipe.eval.benchmarks if recipe.eval else []
+        places += [(loaded.where("eval", "benchmarks", i), choice) for i, choice in enumerate(chosen)]
+    if "dedup" in wanted:
+        places += [(loaded.where("dedup", "against", i), choice) for i, choice in enumerate(recipe.dedup.against)]
+    for where, choice in places:
+        missing = getattr(registry.resolve("benchmarks", choice.name, choice.options), "missing_files", list)
+        problems += [TdroError(fault.message, where=where, remedy=fault.remedy or fault.where) for fault in missing()]
+    if problems:
+        raise Problems(problems)
 
 
 def open_tasks(recipe: Recipe, files: Mapping[str, str], cache: Path) -> dict[str, Any]:
@@ -163,7 +190,7 @@ def _closure(loaded: LoadedRecipe, needed: Sequence[str]) -> set[str]:
         raise TdroError(
             "the recipe names no backbone",
             where=str(loaded.path),
-            remedy="add for instance `backbone: {source: Qwen/Qwen2.5-0.5B}`, or `backbone: scratch`-like {name: scratch}",
+            remedy="add for instance `backbone: {source: Qwen/Qwen2.5-0.5B}`, or `backbone: {name: scratch}`",
         )
     return found
 

@@ -118,13 +118,13 @@ class _RichBar(_Closing):
         from rich import progress
 
         self.live = progress.Progress(
-            progress.TextColumn("  {task.description}"),
+            progress.TextColumn("  {task.description}", markup=False),
             progress.BarColumn(bar_width=30),
             progress.MofNCompleteColumn(),
-            progress.TextColumn(unit),
+            progress.TextColumn(unit, markup=False),
             progress.TimeElapsedColumn(),
             progress.TimeRemainingColumn(),
-            progress.TextColumn("[dim]{task.fields[facts]}"),
+            progress.TextColumn("{task.fields[facts]}", style="dim", markup=False),
             console=console,
         )
         self.live.start()

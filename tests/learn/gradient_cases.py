@@ -1,6 +1,6 @@
 """Gradients through the engine beside plain autograd, as functions and as the program of one rank among several.
 
-`python gradient_cases.py ZERO_STAGE...` under RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT prints relative errors as JSON.
+`python gradient_cases.py ZERO_STAGE...` with RANK, WORLD_SIZE and the rest of a launcher's environment prints errors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PAD = 0
 SMALL_CHUNKS = Budget(micro_batch_tokens=24, activation_tokens=0)  # texts of 3 to 12 tokens: about 10 chunks a rank
 ONE_CHUNK = Budget(micro_batch_tokens=10**6, activation_tokens=10**6)
 CHUNKS_WITH_GRAPHS = Budget(micro_batch_tokens=24, activation_tokens=10**6)
-# Adam's first step moves a parameter by rate · g / (|g| + epsilon), which tells g whatever ZeRO has done to the gradients
+# Adam's first step moves a parameter by rate · g / (|g| + epsilon), which tells g whatever ZeRO has done to gradients
 EPSILON, RATE = 1e4, 1e8
 PASSAGES = (3, 2, 4, 1, 3, 2)  # of each query, the positive first: ranks hold unequal numbers
 
@@ -69,7 +69,7 @@ def build_encoder(case: Case) -> TextEncoder:
 
 
 def whole_batch() -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Queries and the passages of each, as token ids. Passage 1 of query 0 is query 2's positive: masked for query 2."""
+    """Queries and the passages of each, as token ids. Passage 1 of query 0 is query 2's positive, which masks it."""
     random = np.random.default_rng(5)
     queries = [random.integers(1, 60, random.integers(3, 9)).tolist() for _ in PASSAGES]
     passages = [[random.integers(1, 60, random.integers(4, 13)).tolist() for _ in range(n)] for n in PASSAGES]
@@ -105,10 +105,7 @@ def plain_gradient(case: Case, ranks: int = 1) -> tuple[dict[str, torch.Tensor],
     encoder = build_encoder(case)
     queries, passages = whole_batch()
     texts = queries + [t for group in passages for t in group]
-    if case.dropout == 0:
-        embedding_ND = _embed(encoder, texts)
-    else:
-        embedding_ND = _embed_like_ranks(encoder, case, ranks)
+    embedding_ND = _embed(encoder, texts) if case.dropout == 0 else _embed_like_ranks(encoder, case, ranks)
     query_BD, passage_MD = embedding_ND[: len(queries)], embedding_ND[len(queries) :]
     score_BM = query_BD @ passage_MD.T / case.temperature
     first_B = np.cumsum(PASSAGES) - PASSAGES

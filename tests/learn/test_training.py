@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from tdro_cli import artifacts  # noqa: E402
+from tdro_cli.data.batching import BatchPlan, batch_at  # noqa: E402
+from tdro_cli.data.collation import TokenBatch, TrainingTask  # noqa: E402
+from tdro_cli.errors import RunFailed  # noqa: E402
+from tdro_cli.learn.training import contrast, gather_batch, read_metrics, task_means  # noqa: E402
+from tdro_cli.run.distributed import World  # noqa: E402
+
+ALONE = World(0, 1, torch.device("cpu"))
+# three queries with 2, 1 and 2 passages; text 7 is the positive of rows 0 and 2's hard negative
+BATCH = TokenBatch(
+    queries=[[1], [2], [3]],
+    passages=[[1]] * 5,
+    task_B=np.array([0, 1, 0]),
+    row_B=np.arange(3),
+    first_B=np.array([0, 2, 3]),
+    count_B=np.array([2, 1, 2]),
+    query_id_B=np.array([100, 101, 102]),
+    passage_id_M=np.array([7, 8, 9, 10, 7]),
+    positive_ids_BP=np.array([[7, -1], [9, -1], [10, 8]]),
+)
+
+
+def tasks(*, in_batch: tuple[bool, bool] = (True, True)) -> list[TrainingTask]:
+    return [TrainingTask(str(i), None, np.arange(3), "", False, flag) for i, flag in enumerate(in_batch)]
+
+
+def test_the_row_of_each_passage_and_the_positive_of_each_row_follow_from_the_counts():
+    shared = gather_batch(ALONE, BATCH)
+    assert shared.first_B.tolist() == [0, 2, 3]
+    assert shared.row_M.tolist() == [0, 0, 1, 2, 2]
+    assert (shared.own_queries, shared.own_passages) == (slice(0, 3), slice(0, 5))
+
+
+def test_known_positives_are_no_negatives_wherever_they_stand():
+    mask_BM = gather_batch(ALONE, BATCH).mask(tasks(), cross_device=True)
+    assert mask_BM.tolist() == [
+        [False, True, True, True, False],  # text 7 is its positive, also as row 2's hard negative
+        [True, True, False, True, True],
+        [True, False, True, False, True],  # text 8 is its second positive, text 10 its first
+    ]
+
+
+def test_a_task_without_in_batch_negatives_meets_its_own_passages_only():
+    mask_BM = gather_batch(ALONE, BATCH).mask(tasks(in_batch=(False, True)), cross_device=True)
+    assert mask_BM.tolist() == [
+        [False, True, False, False, False],
+        [True, True, False, True, True],
+        [False, False, False, False, True],
+    ]
+
+
+def test_passages_of_other_devices_can_be_left_out():
+    shared = gather_batch(ALONE, BATCH)
+    shared.rank_B, shared.rank_M = torch.tensor([0, 0, 1]), torch.tensor([0, 0, 0, 1, 1])
+    assert shared.mask(tasks(), cross_device=False)[1].tolist() == [True, True, False, False, False]
+
+
+def test_the_gradient_at_the_embeddings_is_that_of_the_mean_loss_with_task_factors():
+    embedding_ND = torch.nn.functional.normalize(torch.randn(8, 4, generator=torch.Generator().manual_seed(2)), dim=1)
+    factor_G = torch.tensor([2.0, 0.5])
+    found = contrast(ALONE, embedding_ND.clone(), BATCH, tasks(), factor_G, temperature=0.1, cross_device=True)
+    free_ND = embedding_ND.double().requires_grad_()
+    score_BM = free_ND[:3] @ free_ND[3:].T / 0.1
+    refused = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]).bool()
+    loss_B = torch.nn.functional.cross_entropy(
+        score_BM.masked_fill(refused, -torch.inf), torch.tensor([0, 2, 3]), reduction="none"
+    )
+    (loss_B * factor_G[torch.tensor([0, 1, 0])]).mean().backward()
+    torch.testing.assert_close(found.loss_B.double(), loss_B.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.gradient_ND.double(), free_ND.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_task_means_of_an_absent_task_are_zero():
+    mean_G, count_G = task_means(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([2, 0, 2]), 3)
+    assert mean_G.tolist() == [3.0, 0.0, 3.0] and count_G.tolist() == [1, 0, 2]
+
+
+def test_metrics_end_before_a_line_cut_short(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+
+
+# ---- runs ----
+
+UNIFORM = "transfer.strategy=uniform"
+
+
+def weights(out) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(out / "model" / "model.safetensors")
+
+
+def largest_difference(one, two) -> float:
+    first, second = weights(one), weights(two)
+    return max(float(np.abs(first[name] - second[name]).max()) for name in first)
+
+
+def test_the_reference_learns_and_says_what_it_saw(experiment):
+    steps = "train_ref.steps=40"
+    out = experiment.run(steps, stage="train-ref")
+    lines = read_metrics(out / "metrics.jsonl")
+    assert np.mean([line["loss"] for line in lines[-8:]]) < np.mean([line["loss"] for line in lines[:8]]) - 0.1
+    done = artifacts.read_json(out / "training.json")
+    assert done["steps"] == 40 and sum(done["queries_seen"].values()) == 320
+    assert set(done["queries_seen"].values()) == {80}  # equal shares
+    assert lines[0]["learning_rate"] == 0 and max(line["learning_rate"] for line in lines) == pytest.approx(3e-3)
+    assert {"tokens_per_second", "padding_share", "gradient_norm"} <= lines[0].keys()
+    assert all(line["gradient_norm"] > 0 and 0 <= line["padding_share"] < 0.5 for line in lines)
+
+
+def test_gradient_caching_trains_the_same_model_as_one_big_batch(another_experiment):
+    small = ("encoder.activation_tokens=1", "encoder.micro_batch_tokens=100")
+    whole = another_experiment("whole").run(UNIFORM)
+    cached = another_experiment("cached").run(UNIFORM, *small)
+    assert largest_difference(whole, cached) < 1e-5
+    untrained = another_experiment("untrained").run(UNIFORM, "finetune.optimizer.learning_rate=1e-12")
+    assert largest_difference(whole, untrained) > 1e-3
+
+
+def test_finetune_takes_the_shares_of_the_sampling_plan(experiment):
+    out = experiment.run("transfer.strategy={name: top_k, options: {k: 2}}", "finetune.steps=10")
+    sampling = artifacts.read_json(next(experiment.runs.glob("tiny/transfer-*/out/sampling.json")))
+    seen = artifacts.read_json(out / "training.json")["queries_seen"]
+    assert seen.keys() == sampling["tasks"].keys() and len(seen) == 2
+    assert list(seen.values()) == [40, 40]
+
+
+def test_rows_held_out_are_never_trained_on(experiment):
+    plan = experiment.plans(stage="train-ref")["train-ref"]
+    from tdro_cli.learn.training import training_tasks
+
+    kept, held = training_tasks(plan, "held_in"), training_tasks(plan, "held_out")
+    for one, other in zip(kept, held, strict=True):
+        assert len(one.rows) + len(other.rows) == len(one.store)
+        assert not set(one.rows) & set(other.rows)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_publishes_nothing(experiment):
+    broken = "finetune.optimizer={learning_rate: 1.0e38, weight_decay: 0.0}"
+    overrides = (UNIFORM, broken, "finetune.schedule.warmup_steps=0")
+    with pytest.raises(RunFailed, match=r"(loss of \w+|gradient of the model) is not finite at step [12]") as failed:
+        experiment.run(*overrides)
+    assert failed.value.exit_code == 1
+    assert not experiment.plans(*overrides)["finetune"].out.exists()
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_log(experiment):
+    out = experiment.run(UNIFORM)
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in metrics.jsonl"))
+
+
+def test_a_mixed_batch_has_several_tasks(experiment):
+    out = experiment.run(UNIFORM, "finetune.batch.composition=mixed")
+    assert {len(line["tasks"]) for line in read_metrics(out / "metrics.jsonl")} == {4}
+
+
+def test_the_parts_of_the_ranks_make_up_the_batch():
+    plan = BatchPlan(seed=1, queries=7, sizes=(5, 9), probabilities=(0.5, 0.5), composition="mixed")
+    whole = batch_at(plan, 3)
+    for world in (1, 2, 3, 7):
+        parts = [whole.row_B[whole.shard(rank, world)] for rank in range(world)]
+        assert np.concatenate(parts).tolist() == whole.row_B.tolist()
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
