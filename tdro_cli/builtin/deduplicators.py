@@ -22,8 +22,8 @@ BESIDE_DENSE = re.compile(f"(?<=[{DENSE}]) | (?=[{DENSE}])")
 BEYOND_BMP = re.compile("[\U00010000-\U0010ffff]")
 WORD = re.compile(f"[{DENSE}]|[^ {DENSE}]+")
 LEAD_IN = re.compile(r"[^:：]{1,40}[:：]\s*")  # "Question: ", "Please tell me: "
-REMEMBERED = 4096
-MAX_TYPOS = 20  # in a text; with more it is another one
+SHORT = 150  # shingles; a lead-in of 40 characters leaves a longer text above every sensible threshold
+MAX_TYPOS = 4  # in a text, besides one word in twenty; with more it is another one
 
 
 @dataclass(frozen=True)
@@ -193,41 +193,52 @@ def only_slips(one: str, other: str) -> bool:
     left, right = list((counted - counted_others).elements()), list((counted_others - counted).elements())
     if any(map(_has_digit, left)) and any(map(_has_digit, right)) and "".join(left) != "".join(right):
         return False
-    if min(len(left), len(right)) > allowed + MAX_TYPOS:
+    if min(len(left), len(right)) > 2 * allowed + MAX_TYPOS:
         return False
-    return _exchanged(left, right) <= allowed
+    return _exchanged(left, right, allowed) <= allowed
 
 
 def _has_digit(word: str) -> bool:
     return any(map(str.isdigit, word))
 
 
-def _exchanged(words: Sequence[str], others: Sequence[str]) -> int:
-    """How many words stand for other ones, rather than being mistyped, split, joined, left out or added."""
+def _exchanged(words: Sequence[str], others: Sequence[str], allowed: int) -> int:
+    """How many words stand for other ones, rather than being mistyped, split, joined, left out or added.
+
+    Counts no further than one above `allowed`.
+    """
     if "".join(words) == "".join(others):
         return 0
     few, many = sorted([list(words), list(others)], key=len)
     exchanged = 0
     for word in few:
-        near = next((candidate for candidate in many if is_typo(word, candidate)), None)
+        # one slip leaves the first letter or the last in place
+        alike = (other for other in many if other[0] == word[0] or other[-1] == word[-1])
+        near = next((other for other in alike if is_typo(word, other)), None)
         if near is None:
             exchanged += 1
+            if exchanged > allowed:
+                break
         else:
             many.remove(near)
     return exchanged
 
 
 def is_typo(word: str, other: str) -> bool:
-    """One slip apart: a letter too many, too few, wrong, or two swapped. Only in words of 3 letters or more, two for
-    swaps; a single wrong letter needs 5, as short words so near are mostly different words."""
+    """Whether one slip lies between: a letter too many, too few, wrong, or two swapped.
+
+    Only from 3 letters on, and a wrong letter only from 5: shorter words so near are mostly different words.
+    """
     if word == other:
         return True
+    if not -1 <= len(word) - len(other) <= 1:
+        return False
     short, long = sorted([word, other], key=len)
-    if len(long) - len(short) > 1 or len(long) < 2:
+    if len(short) < 3:
         return False
     start = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
     if len(short) < len(long):
-        return len(short) >= 3 and short[start:] == long[start + 1 :]
+        return short[start:] == long[start + 1 :]
     swapped = short[start : start + 2] == long[start : start + 2][::-1] and short[start + 2 :] == long[start + 2 :]
     return swapped or (len(short) >= 5 and short[start + 1 :] == long[start + 1 :])
 
@@ -275,12 +286,13 @@ class _SameQuestions:
 
         self.held_out, self.threshold = held_out, threshold
         self.normalized = [normalized(text) for text in held_out]
-        self.shingles: dict[int, set[str]] = {}  # of held-out texts that were candidates
+        self.latest: tuple[int, set[str]] = (-1, set())
         self.hasher = MinHasher(num_permutations)
         signatures = self._signatures(self.normalized)
         self.index = MinHashIndex(signatures, rows_per_band(threshold, num_permutations))
-        # five standard deviations of the estimate below the threshold; lead-ins lie lower
-        self.least_estimate = min(threshold - 5 * (threshold * (1 - threshold) / num_permutations) ** 0.5, 0.25)
+        # four standard deviations of the estimate; the copy of a short text behind a lead-in lies lower
+        self.least_estimate = threshold - 4 * (threshold * (1 - threshold) / num_permutations) ** 0.5
+        self.least_of_short = min(0.25, self.least_estimate)
 
     def _signatures(self, texts: Sequence[str]) -> np.ndarray:
         import numpy as np
@@ -293,23 +305,23 @@ class _SameQuestions:
     def __call__(self, texts: Sequence[str]) -> Matches:
         keys = [normalized(text) for text in texts]
         own = [shingles(key) for key in keys]
-        row, near = self.index.candidates(self.hasher(own), self.least_estimate)
-        return _matches(
-            (i, h, similarity)
-            for i, h in zip(row.tolist(), near.tolist(), strict=True)
-            if (similarity := self._similarity(texts[i], keys[i], own[i], h)) is not None
-        )
+        least = [self.least_of_short if len(of_text) < SHORT else self.least_estimate for of_text in own]
+        row, near = self.index.candidates(self.hasher(own), least)
+        by_held_out = sorted(zip(near.tolist(), row.tolist(), strict=True))  # so that each is cut into shingles once
+        found = [(i, h, self._similarity(texts[i], keys[i], own[i], h)) for h, i in by_held_out]
+        return _matches(sorted(match for match in found if match[2] is not None))
+
+    def _shingles(self, h: int) -> set[str]:
+        if self.latest[0] != h:
+            self.latest = (h, shingles(self.normalized[h]))
+        return self.latest[1]
 
     def _similarity(self, text: str, key: str, own: set[str], h: int) -> float | None:
         """The Jaccard similarity to held-out text `h`, or None if that is another question."""
         other = self.normalized[h]
         if key == other:
             return 1.0 if key else None
-        if h not in self.shingles:
-            if len(self.shingles) >= REMEMBERED:
-                self.shingles.clear()
-            self.shingles[h] = shingles(other)
-        similarity = jaccard(own, self.shingles[h])
+        similarity = jaccard(own, self._shingles(h))
         if similarity >= self.threshold:
             return similarity if only_slips(key, other) else None
         if other == without_lead_in(text) or key == without_lead_in(self.held_out[h]):

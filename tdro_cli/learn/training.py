@@ -56,7 +56,9 @@ def load_encoder(recipe: Recipe, source: str, *, lora: bool = True) -> tuple[Tex
     contract = encoder_contract(recipe)
     check_lengths(loaded.model, contract, where="encoder")
     if section.activation_checkpointing:
-        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+        name = "activation_checkpointing_enable"  # of newer transformers, which warn about the older name
+        enable = getattr(loaded.model, name, loaded.model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     model: nn.Module = loaded.model
     if lora and recipe.lora:
         model = add_lora(

@@ -58,8 +58,10 @@ def sampling_plan(section: Transfer, weights_file: str | None, sizes: Mapping[st
     options = {"draws": draws} if "draws" in inspect.signature(strategy.__call__).parameters else {}
     try:
         probabilities = strategy(weights, sizes, **options)
-    except ValueError as error:
-        raise TdroError(str(error), where="transfer.strategy.options", remedy="change those options") from None
+    except (ValueError, TdroError) as error:
+        remedy = getattr(error, "remedy", None) or "change those options"
+        message = error.message if isinstance(error, TdroError) else str(error)
+        raise TdroError(message, where="transfer.strategy.options", remedy=remedy) from None
     plan: dict[str, Any] = {
         "schema": 1,
         "strategy": section.strategy.name,

@@ -435,8 +435,11 @@ class MinHashIndex:
             value ^= value >> np.uint64(29)
         return value
 
-    def candidates(self, signature_QP: np.ndarray, least_estimate: float) -> tuple[np.ndarray, np.ndarray]:
-        """All (i, h) that share a band and whose estimated similarity is at least that, sorted by i, then h."""
+    def candidates(
+        self, signature_QP: np.ndarray, least_estimate_Q: float | Sequence[float]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All (i, h) that share a band and whose estimated similarity is at least that of i, sorted by i, then h."""
+        least = np.broadcast_to(np.asarray(least_estimate_Q, float), len(signature_QP))
         found = [np.empty(0, np.int64)]
         for band, (ordered, order) in enumerate(self.bands):
             value = self._band(signature_QP, band)
@@ -451,7 +454,7 @@ class MinHashIndex:
         similar = np.empty(len(row), bool)
         for low in range(0, len(row), 1 << 16):
             part = slice(low, low + (1 << 16))
-            similar[part] = (signature_QP[row[part]] == self.signatures[near[part]]).mean(1) >= least_estimate
+            similar[part] = (signature_QP[row[part]] == self.signatures[near[part]]).mean(1) >= least[row[part]]
         return row[similar], near[similar]
 
 

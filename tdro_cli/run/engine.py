@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -178,9 +180,12 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def keep_newest(checkpoints: Path, count: int) -> None:
-    for path in sorted(checkpoints.glob("step-*"))[:-count]:
-        remove(path)
+def keep_newest(folder: Path, count: int) -> None:
+    """Removes whole checkpoints but the `count` newest, and what is left of ones that a kill cut short."""
+    kept = checkpoints_in(folder)[:count]
+    for path in [*folder.glob("step-*"), *folder.glob(".step-*")]:
+        if path not in kept:
+            remove(path)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -221,9 +226,17 @@ def _import_deepspeed(world: World) -> Any:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # calls of DeepSpeed's
         if not torch.distributed.is_initialized():
             # a process alone needs no port, and leaves nothing in the environment of those that it starts
             alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if world.size == 1 else {}
             torch.distributed.init_process_group(backend, **alone)
+            atexit.register(_leave)
         deepspeed.init_distributed(backend, verbose=False)
     return deepspeed
+
+
+def _leave() -> None:
+    # else gloo's threads are torn down with the interpreter, which ends a process that has done its work by a signal
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

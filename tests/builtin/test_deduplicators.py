@@ -304,7 +304,7 @@ def test_candidates_are_not_missed_at_the_threshold():
         common = {word() for _ in range(60)}
         pairs.append((common | {word() for _ in range(20)}, common | {word() for _ in range(20)}))
     one, other = (hasher([pair[side] for pair in pairs]) for side in range(2))
-    row, near = MinHashIndex(other, rows).candidates(one, least_estimate=0.25)
+    row, near = MinHashIndex(other, rows).candidates(one, 0.25)
     assert (row == near).sum() >= 995
 
 

@@ -121,9 +121,9 @@ def test_gradient_caching_trains_the_same_model_as_one_big_batch(another_experim
     small = ("encoder.activation_tokens=1", "encoder.micro_batch_tokens=100")
     whole = another_experiment("whole").run(UNIFORM)
     cached = another_experiment("cached").run(UNIFORM, *small)
-    assert largest_difference(whole, cached) < 1e-5
+    assert largest_difference(whole, cached) < 1e-4  # Adam's first steps enlarge rounding
     untrained = another_experiment("untrained").run(UNIFORM, "finetune.optimizer.learning_rate=1e-12")
-    assert largest_difference(whole, untrained) > 1e-3
+    assert largest_difference(whole, untrained) > 3e-3
 
 
 def test_finetune_takes_the_shares_of_the_sampling_plan(experiment):
