@@ -35,7 +35,7 @@ class Auto:
         if dtype not in PRECISIONS:
             raise TdroError(f"no precision {dtype!r}", where="backbone", remedy=did_you_mean(dtype, PRECISIONS))
         folder = local_folder(source, revision=self.revision, trust_remote_code=self.trust_remote_code)
-        with _quiet():
+        with quiet_transformers():
             model = _load_model(source, folder, attention=attention, trust_remote_code=self.trust_remote_code)
             tokenizer = _load_tokenizer(source, folder, trust_remote_code=self.trust_remote_code)
         _check_vocabulary(source, model, tokenizer)
@@ -86,7 +86,7 @@ class Scratch:
             pad_token_id=tokenizer.pad_token_id,
             use_cache=False,
         )
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = Qwen2Model(config)
             # the usual 0.02 drowns in what the layers add, and all texts begin alike: with 1 a text begins as the sum of
@@ -117,7 +117,7 @@ def local_folder(source: str | Path, *, revision: str | None = None, trust_remot
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", *(["*.py"] if trust_remote_code else [])]
     try:
-        with _quiet():
+        with quiet_transformers():
             return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except HFValidationError as error:
         raise TdroError(
@@ -255,7 +255,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without the progress bars and load reports of transformers and the hub client; our own checks speak up."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging

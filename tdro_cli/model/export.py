@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tdro_cli.artifacts import read_json, write_json, write_text
+from tdro_cli.builtin.backbones import quiet_transformers
 from tdro_cli.data.tokenization import TextTokenizer, ending_in_template
 from tdro_cli.errors import RunFailed, TdroError
 from tdro_cli.model.encoder import CONTRACT_FILE, EncoderContract, TextEncoder
@@ -56,7 +57,8 @@ def save_model(
         _save_adapter(backbone, state, contract, exported_tokenizer, folder / ADAPTER_FOLDER)
         state = merged_state(backbone, state)
     state = {name: value.detach().to("cpu").contiguous() for name, value in state.items()}
-    base.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    with quiet_transformers():
+        base.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
     exported_tokenizer.save_pretrained(folder)
     _check_saved_tokenizer(text_tokenizer, folder)
     _write_sentence_transformers(encoder, contract, folder)

@@ -18,7 +18,7 @@ def complete(plan: Plan) -> bool:
 def _console() -> Any:
     from rich.console import Console
 
-    width = None if Console().is_terminal else int(os.environ.get("COLUMNS", 120))
+    width = None if Console().is_terminal else int(os.environ.get("COLUMNS", 160))
     return Console(highlight=False, markup=False, width=width)  # a folder may be named runs/a[1]
 
 

@@ -82,5 +82,4 @@ def join() -> World:
     else:
         device = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed, imported by others too, looks for one and warns
-        torch.set_flush_denormal(True)  # Adam's second moments decay into denormals, which are slow
     return World(rank, size, device)
