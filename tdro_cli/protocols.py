@@ -92,7 +92,8 @@ class WeightUpdater(Protocol):
 class LoadedBackbone:
     """A transformers model without a head, with its tokenizer.
 
-    `lora_targets`: names of the linear layers that LoRA adapts by default. `causal`: a decoder, whose last token sees all.
+    `lora_targets`: names of the linear layers that LoRA adapts by default. `causal`: a decoder, whose last token sees
+    all.
     """
 
     model: Any
@@ -151,7 +152,7 @@ class TransferStrategy(Protocol):
 
     A strategy that declares a keyword `draws` is given the number of queries that finetune will take. An attribute
     `needs_weights = False` says that no weights are read; then none need be learned, and `weights` is empty.
-    An attribute `scales_loss = True` says that the weights also scale the loss (`loss_weights(weights)` -> {task: factor}).
+    An attribute `scales_loss = True` says that the weights also scale the loss: `loss_weights(weights)` -> {task: factor}.
     """
 
     def __call__(self, weights: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]: ...
@@ -161,8 +162,8 @@ class TransferStrategy(Protocol):
 class TestCollection:
     """A corpus, queries and judgements. `corpus` can be iterated more than once and need not be in memory.
 
-    `qrels`: {query id: {document id: relevance}}. `prompt`: the query instruction to use, None for the evaluated model's
-    own. `answers`: for answer-string measures, {query id: accepted answers}, else None.
+    `qrels`: {query id: {document id: relevance}}. `prompt`: the query instruction to use, None for the evaluated
+    model's own. `answers`: for answer-string measures, {query id: accepted answers}, else None.
     """
 
     __test__ = False  # not a test class, whatever pytest thinks of the name
