@@ -152,7 +152,7 @@ class TransferStrategy(Protocol):
 
     A strategy that declares a keyword `draws` is given the number of queries that finetune will take. An attribute
     `needs_weights = False` says that no weights are read; then none need be learned, and `weights` is empty.
-    An attribute `scales_loss = True` says that the weights also scale the loss: `loss_weights(weights)` -> {task: factor}.
+    An attribute `scales_loss = True` says that the weights also scale the loss, by `loss_weights(weights)`.
     """
 
     def __call__(self, weights: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]: ...

@@ -76,7 +76,7 @@ AFTER_TRAIN_REF = {"train-ref", "learn-weights", "transfer", "finetune", "eval"}
         ("transfer.strategy.options.max_epochs=4", {"transfer", "finetune", "eval"}),
         ("transfer.weights=mean", {"transfer", "finetune", "eval"}),
         ("finetune.optimizer.learning_rate=1e-3", {"finetune", "eval"}),
-        ("eval.depth=10", {"eval"}),
+        ("eval.depth=200", {"eval"}),
         ("deepspeed.zero_stage=2", AFTER_TRAIN_REF),
     ],
 )
