@@ -29,6 +29,9 @@ RecipePath = Annotated[Path, typer.Argument(metavar="[RECIPE]", help="the recipe
 Set = Annotated[
     list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="override a key of the recipe; repeatable")
 ]
+SkipBadRows = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="set bad rows of training files aside and count them")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="say nothing but the result")]
@@ -70,12 +73,14 @@ def _run(
     from tdro_cli import recipe as recipes
     from tdro_cli.report import tables
     from tdro_cli.run.launch import Machines, run_plan
-    from tdro_cli.run.plan import make_plans
+    from tdro_cli.run.plan import data_warnings, make_plans
     from tdro_cli.run.progress import progress
 
     loaded = recipes.load(recipe, overrides, strategy=strategy)
     plans = make_plans(loaded, runs, needed=stages)
     shown = progress(quiet=manner.quiet or manner.json)
+    for warning in data_warnings(loaded.recipe, runs / ".cache"):
+        shown.warn(warning)
     if dry_run:
         description = tables.describe(plans)
         _tell(description, manner, lambda: tables.print_plans(description))
@@ -113,6 +118,10 @@ def _grid(
     _tell(result, manner, lambda: tables.print_grid(result))
 
 
+def _with(overrides: list[str], skip_bad_rows: bool) -> list[str]:
+    return [*overrides, "skip_bad_rows=true"] if skip_bad_rows else overrides
+
+
 def _tell(result: Any, manner: Manner, show: Callable[[], None]) -> None:
     if manner.json:
         print(json.dumps(result, ensure_ascii=False, indent=1))
@@ -126,6 +135,7 @@ def _stage(name: str, words: str) -> None:
     def command(
         recipe: RecipePath = DEFAULT_RECIPE,
         overrides: Set = [],  # noqa: B006 - typer copies it
+        skip_bad_rows: SkipBadRows = False,
         dry_run: DryRun = False,
         as_json: Json = False,
         quiet: Quiet = False,
@@ -137,7 +147,7 @@ def _stage(name: str, words: str) -> None:
         _run(
             (name,),
             recipe,
-            overrides,
+            _with(overrides, skip_bad_rows),
             Manner(as_json, quiet),
             runs,
             dry_run=dry_run,
@@ -157,6 +167,7 @@ _stage("train-ref", "Train the reference model: all tasks in equal shares.")
 def learn_weights(
     recipe: RecipePath = DEFAULT_RECIPE,
     overrides: Set = [],  # noqa: B006 - typer copies it
+    skip_bad_rows: SkipBadRows = False,
     grid: Grid = [],  # noqa: B006 - typer copies it
     seeds: Seeds = 1,
     dry_run: DryRun = False,
@@ -169,10 +180,19 @@ def learn_weights(
 ) -> None:
     manner = Manner(as_json, quiet)
     if (grid or seeds > 1) and not dry_run:
-        _grid("learn-weights", recipe, overrides, grid, seeds, manner, runs, num_gpus, hostfile)
+        _grid("learn-weights", recipe, _with(overrides, skip_bad_rows), grid, seeds, manner, runs, num_gpus, hostfile)
         return
     stages = ("learn-weights",)
-    _run(stages, recipe, overrides, manner, runs, dry_run=dry_run, num_gpus=num_gpus, hostfile=hostfile)
+    _run(
+        stages,
+        recipe,
+        _with(overrides, skip_bad_rows),
+        manner,
+        runs,
+        dry_run=dry_run,
+        num_gpus=num_gpus,
+        hostfile=hostfile,
+    )
 
 
 @app.command(help="Turn learned weights into a sampling plan.")
@@ -182,6 +202,7 @@ def transfer(
         str | None, typer.Option("--strategy", help="reweight, top_percent, ... in place of the recipe's")
     ] = None,
     overrides: Set = [],  # noqa: B006 - typer copies it
+    skip_bad_rows: SkipBadRows = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -194,7 +215,7 @@ def transfer(
     _run(
         ("transfer",),
         recipe,
-        overrides,
+        _with(overrides, skip_bad_rows),
         manner,
         runs,
         dry_run=dry_run,
@@ -212,6 +233,7 @@ _stage("eval", "Evaluate the models on the recipe's benchmarks, with significanc
 def run(
     recipe: RecipePath = DEFAULT_RECIPE,
     overrides: Set = [],  # noqa: B006 - typer copies it
+    skip_bad_rows: SkipBadRows = False,
     grid: Grid = [],  # noqa: B006 - typer copies it
     seeds: Seeds = 1,
     dry_run: DryRun = False,
@@ -226,9 +248,18 @@ def run(
 
     manner = Manner(as_json, quiet)
     if (grid or seeds > 1) and not dry_run:
-        _grid("eval", recipe, overrides, grid, seeds, manner, runs, num_gpus, hostfile)
+        _grid("eval", recipe, _with(overrides, skip_bad_rows), grid, seeds, manner, runs, num_gpus, hostfile)
         return
-    _run(STAGES, recipe, overrides, manner, runs, dry_run=dry_run, num_gpus=num_gpus, hostfile=hostfile)
+    _run(
+        STAGES,
+        recipe,
+        _with(overrides, skip_bad_rows),
+        manner,
+        runs,
+        dry_run=dry_run,
+        num_gpus=num_gpus,
+        hostfile=hostfile,
+    )
 
 
 @app.command(help="Write the embedded sample data: real training tasks and test collections.")
@@ -253,6 +284,7 @@ def sample(
 def recipe_check(
     recipe: RecipePath = DEFAULT_RECIPE,
     overrides: Set = [],  # noqa: B006 - typer copies it
+    skip_bad_rows: SkipBadRows = False,
     as_json: Json = False,
     debug: Debug = False,
     runs: Runs = DEFAULT_RUNS,
@@ -260,7 +292,7 @@ def recipe_check(
     from tdro_cli import recipe as recipes
     from tdro_cli.run.plan import open_tasks
 
-    loaded = recipes.load(recipe, overrides)
+    loaded = recipes.load(recipe, _with(overrides, skip_bad_rows))
     tasks = loaded.recipe.tasks
     stores = open_tasks(loaded.recipe, {task.name: task.path for task in tasks}, runs / ".cache")
     rows = {name: len(store) for name, store in stores.items()}

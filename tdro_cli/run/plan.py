@@ -136,6 +136,18 @@ def open_tasks(recipe: Recipe, files: Mapping[str, str], cache: Path) -> dict[st
     return stores
 
 
+def data_warnings(recipe: Recipe, cache: Path) -> list[str]:
+    """What is odd about the training files but no fault: rows set aside, one docid for two texts."""
+    stores = open_tasks(recipe, {task.name: task.path for task in recipe.tasks}, cache)
+    words = [f"task {name}: {warning}" for name, store in stores.items() for warning in store.warnings]
+    words += [
+        f"task {name}: {store.rejected} bad rows set aside, see {store.folder / 'rejected.jsonl'}"
+        for name, store in stores.items()
+        if store.rejected
+    ]
+    return words
+
+
 def data_stage(loaded: LoadedRecipe) -> str | None:
     """The stage whose output is trained on; None: the recipe's files as they are."""
     return next((stage for stage in ("dedup", "mine") if getattr(loaded.recipe, stage) is not None), None)
