@@ -33,6 +33,36 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def stamp_of(path: Path) -> list[int]:
+    """What changes when a file does: size, time of change, inode."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def memo_of(path: Path, index: Path) -> Path:
+    """Where the digest of `path` is remembered, below the folder `index`."""
+    return index / f"{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]}.json"
+
+
+def remembered_digest(memo: Path, stamp: list[int]) -> str | None:
+    """SHA-256 of a file that was read before with this stamp, so that gigabytes are not read again."""
+    try:
+        remembered = read_json(memo)
+        return remembered["sha256"] if remembered["stamp"] == stamp else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not there yet, or damaged: made anew
+
+
+def digest_file_once(path: Path, index: Path) -> str:
+    """SHA-256 of a file's bytes, remembered below `index` until the file changes."""
+    memo, stamp = memo_of(path, index), stamp_of(path)
+    digest = remembered_digest(memo, stamp)
+    if digest is None:
+        digest = digest_file(path)
+        write_json(memo, {"stamp": stamp, "sha256": digest})
+    return digest
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` so that a reader sees the old file or the whole new one."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from tdro_cli.artifacts import digest_file, digest_of, is_complete, publishing, read_json, write_json
+from tdro_cli.artifacts import (
+    digest_file,
+    digest_of,
+    is_complete,
+    memo_of,
+    publishing,
+    read_json,
+    remembered_digest,
+    stamp_of,
+    write_json,
+)
 from tdro_cli.data.formats import (
     Example,
     FirstSeen,
@@ -136,10 +146,10 @@ def open_task(
     the rows read while importing. Several processes may open the same file at once: one imports, the others wait.
     """
     path, cache = Path(path), Path(cache)
-    memo = cache / "index" / f"{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]}.json"
+    memo = memo_of(path, cache / "index")
     with reading(path):
-        stamp = _stamp(path)
-        remembered = _remembered_digest(memo, stamp)
+        stamp = stamp_of(path)
+        remembered = remembered_digest(memo, stamp)
         content = remembered or digest_file(path)
     digest = digest_of({"import_version": IMPORT_VERSION, "content": content, "skip_bad_rows": skip_bad_rows})
     folder = cache / f"{digest[:32]}{'-skip' if skip_bad_rows else ''}"
@@ -156,21 +166,6 @@ def open_task(
 
 
 # ---- the cache ----
-
-
-def _stamp(path: Path) -> list[int]:
-    """What changes when a file does: size, time of change, inode."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
-
-
-def _remembered_digest(memo: Path, stamp: list[int]) -> str | None:
-    """SHA-256 of a file that was read before with this stamp, so that gigabytes are not read again."""
-    try:
-        remembered = read_json(memo)
-        return remembered["sha256"] if remembered["stamp"] == stamp else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # not there yet, or damaged: made anew
 
 
 def _open_entry(name: str, path: Path, folder: Path) -> TaskStore | None:
@@ -217,7 +212,7 @@ def _make_entry(
         with open(aside / "rejected.jsonl", "w") if skip_bad_rows else nullcontext() as file:
             meta = _import(path, aside / "rows.arrow", _Rejected(path, file), advance)
         with reading(path):
-            if _stamp(path) != stamp:
+            if stamp_of(path) != stamp:
                 raise TdroError("the training file changed while it was read", where=f"{path}", remedy="run again")
         write_json(aside / "meta.json", {"digest": digest, **meta})
 

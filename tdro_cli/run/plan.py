@@ -72,7 +72,7 @@ def make_plans(loaded: LoadedRecipe, runs: Path, *, needed: Sequence[str] = STAG
             "stage": stage,
             "tdro": __version__,
             "above": {name: plans[name].digest for name in above},
-            **_numbers(recipe, stage, data, data_stage),
+            **_numbers(recipe, stage, data, data_stage, cache),
         }
         digest = artifacts.digest_of(numbers)
         folder = runs / recipe.name / f"{stage}-{digest[:12]}"
@@ -224,7 +224,7 @@ def reads_weights(recipe: Recipe) -> bool:
     return getattr(strategy, "needs_weights", True)
 
 
-def _numbers(recipe: Recipe, stage: str, data: Mapping[str, Any], data_from: str | None) -> dict[str, Any]:
+def _numbers(recipe: Recipe, stage: str, data: Mapping[str, Any], data_from: str | None, cache: Path) -> dict[str, Any]:
     """The parts of the recipe that change what a stage computes."""
     numbers: dict[str, Any] = {}
     if stage != "eval":
@@ -244,8 +244,12 @@ def _numbers(recipe: Recipe, stage: str, data: Mapping[str, Any], data_from: str
         numbers["mine"] = {**recipe.mine.numbers(), "plugin": plugin("negative_miners", recipe.mine.negative_miner)}
     elif stage == "dedup":
         against = recipe.dedup.against or (recipe.eval.benchmarks if recipe.eval else [])
-        numbers["dedup"] = {**recipe.dedup.numbers(), "plugin": plugin("deduplicators", recipe.dedup.deduplicator)}
-        numbers["against"] = [_benchmark(choice) for choice in against]
+        numbers["dedup"] = {
+            **recipe.dedup.numbers(),
+            "against": None,
+            "plugin": plugin("deduplicators", recipe.dedup.deduplicator),
+        }
+        numbers["against"] = [_benchmark(choice, cache) for choice in against]
     elif stage == "backbone":
         numbers["backbone"] = model["backbone"]
         numbers["tasks"] = {name: {"data": value["data"]} for name, value in numbers["tasks"].items()}
@@ -270,7 +274,10 @@ def _numbers(recipe: Recipe, stage: str, data: Mapping[str, Any], data_from: str
         numbers |= {**model, "finetune": recipe.finetune.numbers(), "hold_out": recipe.train_ref.hold_out}
     elif stage == "eval":
         section = recipe.eval
-        numbers |= {"eval": section.numbers(), "collections": [_benchmark(choice) for choice in section.benchmarks]}
+        numbers |= {
+            "eval": {**section.numbers(), "benchmarks": None},
+            "collections": [_benchmark(choice, cache) for choice in section.benchmarks],
+        }
         if "untrained" in section.models:
             numbers["backbone"] = {**model, "data": data}
     return numbers
@@ -282,13 +289,15 @@ def plugin(kind: str, choice: Any) -> dict[str, Any]:
     return {"name": choice.name, "options": choice.options, "distribution": f"{found.distribution} {found.version}"}
 
 
-def _benchmark(choice: PluginChoice) -> dict[str, Any]:
-    """A benchmark with what stands for its content: the size and time of the files of its path."""
+def _benchmark(choice: PluginChoice, cache: Path) -> dict[str, Any]:
+    """A benchmark by the content of the files at its path, wherever that is."""
     named = plugin("benchmarks", choice)
     path = choice.options.get("path")
     if isinstance(path, str):
-        files = sorted(p for p in Path(path).rglob("*") if p.is_file())
-        named["files"] = [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+        root, index = Path(path), cache / "tasks" / "index"
+        files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
+        named["files"] = {str(p.relative_to(root)): artifacts.digest_file_once(p, index) for p in files if p.is_file()}
+        named["options"] = {**choice.options, "path": root.resolve().name}
     return named
 
 
