@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
     from tdro_cli.protocols import TaskLosses
 
-# The paper has no floor. A task whose reference loss is a small fraction of a nat is solved, and a few unlucky queries of
-# the proxy then make a ratio that nothing else reaches: docs/decisions/2026-11-21-floor.md. Above the floor the ratio is
-# the paper's.
+# The paper has no floor. A task whose reference loss is a small fraction of a nat is solved, and a few unlucky queries
+# of the proxy then make a ratio that nothing else reaches: docs/decisions/2026-11-21-floor.md. Above the floor the
+# ratio is the paper's.
 DEFAULT_FLOOR = 0.2
 DEFAULT_SHRINKAGE = 0.0
 
