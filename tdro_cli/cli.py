@@ -262,6 +262,28 @@ def run(
     )
 
 
+@app.command(help="Write a recipe for the training files of a folder.")
+def init(
+    folder: Annotated[Path, typer.Argument(help="where the training files are: JSONL or Parquet")] = Path("."),
+    to: Annotated[Path, typer.Option("--to", metavar="FILE", help="the recipe to write")] = DEFAULT_RECIPE,
+    name: Annotated[str | None, typer.Option("--name", help="of the recipe; the folder's own by default")] = None,
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", metavar="NAME_OR_PATH", help="a model; `scratch` needs no network")
+    ] = None,
+    evaluation: Annotated[
+        list[Path], typer.Option("--eval", metavar="FOLDER", help="a test collection in BEIR layout; repeatable")
+    ] = [],  # noqa: B006 - typer copies it
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="ask nothing")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    from tdro_cli import init as scaffold
+
+    ask = None if yes or as_json or not sys.stdin.isatty() else typer.prompt
+    made = scaffold.write_recipe(folder, to, name=name, backbone=backbone, evaluation=evaluation, ask=ask)
+    _tell(made, Manner(as_json, False), lambda: scaffold.print_made(made))
+
+
 @app.command(help="Write the embedded sample data: real training tasks and test collections.")
 def sample(
     folder: Annotated[Path, typer.Argument(help="a new folder")],
@@ -275,6 +297,67 @@ def sample(
 
     written = write_sample(folder, progress=progress(quiet=quiet or as_json))
     _tell(written, Manner(as_json, quiet), lambda: tables.print_sample(folder, written))
+
+
+# ---- what there is, and whether it is sound ----
+
+
+@app.command(help="Look at the training data before training: lengths, unknown tokens, negatives, repetitions.")
+def inspect(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    overrides: Set = [],  # noqa: B006 - typer copies it
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    runs: Runs = DEFAULT_RUNS,
+) -> None:
+    from tdro_cli import recipe as recipes
+    from tdro_cli.report import health
+    from tdro_cli.run.progress import progress
+
+    found = health.inspect_recipe(recipes.load(recipe, overrides), runs, progress(quiet=quiet or as_json))
+    _tell(found, Manner(as_json, quiet), lambda: health.print_health(found))
+
+
+@app.command(help="Check this installation and machine; exit code 1 if training can't work.")
+def doctor(
+    as_json: Json = False,
+    debug: Debug = False,
+    runs: Runs = DEFAULT_RUNS,
+) -> None:
+    from tdro_cli.run import doctor as checks
+
+    findings = checks.examine(runs)
+    _tell([vars(finding) for finding in findings], Manner(as_json, False), lambda: checks.print_findings(findings))
+    if checks.stops_training(findings):
+        raise typer.Exit(1)
+
+
+@app.command(help="List all runs: stage, state, when, size.")
+def runs(
+    folder: Runs = DEFAULT_RUNS,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    from tdro_cli.run import history
+
+    listed = history.list_runs(folder)
+    _tell(listed, Manner(as_json, False), lambda: history.print_runs(listed, folder))
+
+
+@app.command(help="Show where an artifact comes from, back to the raw files.")
+def show(
+    artifact: Annotated[Path, typer.Argument(help="a run folder, its `out`, or a file in it")],
+    verify: Annotated[bool, typer.Option("--verify", help="read every file and compare its digest")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    from tdro_cli.run import history
+
+    chain = history.provenance(artifact, verify=verify)
+    _tell(chain, Manner(as_json, False), lambda: history.print_provenance(chain))
+    if chain["faults"]:
+        raise typer.Exit(1)
 
 
 # ---- recipes ----

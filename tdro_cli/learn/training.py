@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from tdro_cli.run.engine import Engine, checkpoints_in, damage, keep_newest, rem
 from tdro_cli.run.plan import Plan, open_tasks
 from tdro_cli.run.progress import Progress
 from tdro_cli.run.signals import StopWish
+
+if TYPE_CHECKING:
+    from tdro_cli.run.events import EventLog
 
 # ---- what both trainers start from ----
 
@@ -175,6 +178,7 @@ class Run:
     checkpoint: Checkpoint
     progress: Progress
     stop_wish: StopWish = field(default_factory=StopWish)
+    _events: EventLog | None = field(default=None, init=False)
 
     @property
     def checkpoints(self) -> Path:
@@ -188,11 +192,11 @@ class Run:
         """The step to go on from, and the state saved with it; (0, None) at the start."""
         newest = self._sound_checkpoint()
         if newest is None:
-            self._trim_metrics(0)
+            self._begin_log(0)
             return 0, None
         state = self.engine.load(newest)
         step = state.pop("step")
-        self._trim_metrics(step)
+        self._begin_log(step)
         if self.world.leads:
             self.progress.note(f"  resuming from step {step}")
         return step, state
@@ -228,10 +232,11 @@ class Run:
         )
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """One object a step; numbers that are not finite become null."""
+        """One object a step; numbers that are not finite become null. TensorBoard gets the same."""
         if self.world.leads:
             with open(self.metrics_file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(_finite(metrics), ensure_ascii=False) + "\n")
+            self._events.add(metrics)
 
     def require_finite(self, step: int, what: str, values: Mapping[str, float]) -> None:
         """Raises RunFailed that names the tasks whose value isn't finite: nothing good comes of such a step."""
@@ -263,13 +268,19 @@ class Run:
         if stop:
             raise Stopped(f"stopped after step {done} of {self.steps}", remedy="the same command goes on from there")
 
-    def _trim_metrics(self, steps: int) -> None:
-        """Drops the lines of steps that will be run again."""
-        if self.world.leads and self.metrics_file.exists():
+    def _begin_log(self, steps: int) -> None:
+        """Drops what is logged of steps that will be run again."""
+        if not self.world.leads:
+            return
+        from tdro_cli.run.events import EventLog
+
+        kept = []
+        if self.metrics_file.exists():
             kept = [line for line in read_metrics(self.metrics_file) if line["step"] < steps]
             artifacts.write_text(
                 self.metrics_file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
             )
+        self._events = EventLog(Path(self.plan.folder) / "log", kept)
 
 
 def _step_of(checkpoint: Path) -> int:

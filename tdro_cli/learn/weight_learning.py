@@ -243,7 +243,14 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
         counted = {"forwards": 0, "hits": 0, "seconds": 0.0}
     else:
         state, seen_G, counted = WeightState.from_plain(saved["weights"]), saved["seen"].numpy(), saved["counted"]
-    log = LossLog(Path(plan.folder) / "losses.bin", section.steps, section.batch.queries) if world.leads else None
+    loss_file = Path(plan.folder) / "losses.bin"
+    if world.leads and saved is not None and not loss_file.exists():
+        raise RunFailed(
+            "the log of the losses before this checkpoint is gone",
+            where=str(loss_file),
+            remedy="remove the folder checkpoints beside it to start over",
+        )
+    log = LossLog(loss_file, section.steps, section.batch.queries) if world.leads else None
     samples = getattr(updater, "samples", False)
     source = None if samples else _scheduled(batches, tasks, tokenizer, world, range(step, section.steps), section)
     names = [task.name for task in tasks]

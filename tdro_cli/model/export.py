@@ -200,10 +200,10 @@ def model_card(encoder: TextEncoder, contract: EncoderContract, details: Mapping
 def _section(title: str, value: Any) -> Iterator[str]:
     yield from (f"## {title}", "")
     if isinstance(value, Mapping):
-        yield from _table(["", ""], [[name, item] for name, item in value.items()])
+        yield from text_table(["", ""], [[name, item] for name, item in value.items()])
     elif isinstance(value, Sequence) and not isinstance(value, str) and value and isinstance(value[0], Mapping):
         header = list(dict.fromkeys(key for row in value for key in row))
-        yield from _table(header, [[row.get(key, "") for key in header] for row in value])
+        yield from text_table(header, [[row.get(key, "") for key in header] for row in value])
     elif isinstance(value, str) and "\n" in value:
         yield from ("```", value.strip("\n"), "```")
     else:
@@ -211,7 +211,7 @@ def _section(title: str, value: Any) -> Iterator[str]:
     yield ""
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Iterator[str]:
     yield "| " + " | ".join(header) + " |"
     yield "|" + " --- |" * len(header)
     for row in rows:

@@ -1,4 +1,4 @@
-"""Figures as PNG and SVG: legible in black and white and to colour-blind readers."""
+"""Figures as PNG and SVG: legible in black and white and to colour-blind readers; equal numbers give equal bytes."""
 
 from __future__ import annotations
 
@@ -6,66 +6,112 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Okabe and Ito's palette, and line styles so that colour is never the only difference
+# Okabe and Ito's palette without its yellow; styles and marks so that colour is never the only difference
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":")
-NAMED = 7  # curves of a trajectory that get a name
+STYLES = ("-", "--", "-.", ":", "-", "--", "-.")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#B0B0B0"
+NAMED = (4, 3)  # curves of a trajectory that get a name: the highest and the lowest at the end
+LOWEST = 1e-3  # of an equal share: below it a curve leaves the figure
+SETTINGS = {"svg.hashsalt": "tdro", "svg.fonttype": "path", "font.size": 10.0, "text.usetex": False}
 
 
 def weight_figures(folder: Path, weights: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> None:
-    """`weights.png|svg`: final weights against uniform, sorted (the paper's figure 3). `trajectory.png|svg`: over time."""
+    """Writes `weights.png|svg` and `trajectory.png|svg`, from the content of weights.json and metrics.jsonl.
+
+    The first shows final weights against equal shares, sorted (the paper's figure 3), the second weights over time on a
+    logarithmic axis, on which equal factors up and down are equally long.
+    """
     import matplotlib
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "tdro"  # the same figure is the same file
-    from matplotlib import pyplot
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **SETTINGS}):  # not what the user's matplotlibrc says
+        _final(folder / "weights", weights["tasks"])
+        _over_time(folder / "trajectory", weights["tasks"], metrics)
 
-    tasks = sorted(weights["tasks"].items(), key=lambda item: -item[1]["weight"])
-    names = [name for name, _ in tasks]
-    uniform = 1 / len(names)
-    figure, axes = pyplot.subplots(figsize=(8, max(2.5, 0.32 * len(names) + 1.2)), layout="constrained")
-    place = range(len(names))
-    colours = [COLOURS[0] if task["weight"] >= uniform else "#B0B0B0" for _, task in tasks]
-    axes.barh(
-        place, [task["weight"] for _, task in tasks], color=colours, edgecolor="black", linewidth=0.5, label="last step"
-    )
-    axes.plot([task["mean"] for _, task in tasks], place, "D", color=COLOURS[1], markersize=5, label="mean over steps")
-    axes.axvline(uniform, color="black", linestyle="--", linewidth=1, label="uniform")
+
+def _final(path: Path, tasks: Mapping[str, Mapping[str, float]]) -> None:
+    names = sorted(tasks, key=lambda name: -tasks[name]["weight"])
+    uniform, place = 1 / len(names), range(len(names))
+    figure, axes = _axes(8, max(2.5, 0.3 * len(names) + 1.4))
+    final = [tasks[name]["weight"] for name in names]
+    colours = [COLOURS[0] if weight >= uniform else GREY for weight in final]
+    axes.barh(place, final, color=colours, edgecolor="black", linewidth=0.5, label="last step")
+    mean = [tasks[name]["mean"] for name in names]
+    axes.plot(mean, place, "D", color=COLOURS[1], markeredgecolor="black", markersize=5, label="mean over steps")
+    axes.axvline(uniform, color="black", linestyle="--", linewidth=1, label=f"equal share, {uniform:.3g}")
     axes.set_yticks(place, [_short(name) for name in names])
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlabel("task weight α")
-    axes.legend(frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, folder / "weights")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
+    _save(figure, path)
 
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    steps = [line["step"] + 1 for line in metrics]
-    far = sorted(names, key=lambda name: -abs(weights["tasks"][name]["weight"] - uniform))[:NAMED]
-    for name in names:
-        curve = [line["tasks"][name]["weight"] for line in metrics]
-        if name in far:
-            number = far.index(name)
-            style = STYLES[number % len(STYLES)]
-            axes.plot([0, *steps], [uniform, *curve], style, color=COLOURS[number], linewidth=1.8, label=_short(name))
-        else:
-            axes.plot([0, *steps], [uniform, *curve], color="#B0B0B0", linewidth=0.8)
+
+def _over_time(path: Path, tasks: Mapping[str, Mapping[str, float]], metrics: Sequence[Mapping[str, Any]]) -> None:
+    uniform = 1 / len(tasks)
+    curves = {name: [uniform, *(line["tasks"][name]["weight"] for line in metrics)] for name in tasks}
+    steps = [0, *(line["step"] + 1 for line in metrics)]
+    ordered = sorted(curves, key=lambda name: -curves[name][-1])
+    named = ordered if len(ordered) <= sum(NAMED) else ordered[: NAMED[0]] + ordered[-NAMED[1] :]
+    figure, axes = _axes(9, 5)
+    for name in curves:
+        if name not in named:
+            axes.plot(steps, curves[name], color=GREY, linewidth=0.8)
+    for number, name in enumerate(named):
+        axes.plot(
+            steps,
+            curves[name],
+            STYLES[number],
+            color=COLOURS[number],
+            marker=MARKS[number],
+            markevery=(len(steps) * (number + 1) // (8 * len(COLOURS)), max(1, len(steps) // 8)),
+            markersize=5,
+            linewidth=1.6,
+            label=_short(name),
+        )
     axes.axhline(uniform, color="black", linestyle=(0, (1, 3)), linewidth=1)
     axes.set_xlabel("step")
     axes.set_ylabel("task weight α")
     axes.set_xlim(0, steps[-1])
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title="farthest from uniform")
+    low, high = min(map(min, curves.values())), max(map(max, curves.values()))
+    low, high = max(low / 1.1, uniform * LOWEST), high * 1.1
+    axes.set_yscale("log")
+    axes.set_ylim(low, high)
+    _plain_ticks(axes, high / low)
+    title = "highest and lowest" if len(named) < len(curves) else None
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), title=title)
+    _save(figure, path)
+
+
+def _plain_ticks(axes: Any, factor: float) -> None:
+    """Numbers as people write them: 0.02, 0.05, 0.1 rather than powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    digits = (
+        (1, 2, 5)
+        if factor > 30
+        else (1, 1.5, 2, 3, 4, 5, 6, 8)
+        if factor > 3
+        else tuple(n / 10 for n in range(10, 100, 2))
+    )
+    axes.yaxis.set_major_locator(LogLocator(subs=digits, numticks=20))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, folder / "trajectory")
+    return figure, axes
 
 
 def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure.savefig(path.with_suffix(".png"), dpi=150, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    pyplot.close(figure)
+    figure.savefig(f"{path}.png", dpi=150, metadata={"Software": None})
+    figure.savefig(f"{path}.svg", metadata={"Date": None})
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 32 else f"{name[:31]}…"
+    """A name as a figure shows it: not too long, and no mathematics."""
+    return (name if len(name) <= 32 else f"{name[:31]}…").replace("$", r"\$")

@@ -36,15 +36,15 @@ This page is generated: `make docs`.
 
 def page() -> str:
     """The whole page as Markdown; plugins of other distributions are left out."""
-    parts = [INTRODUCTION, _table(Recipe, "Top level", deeper=False)]
+    parts = [INTRODUCTION, text_table(Recipe, "Top level", deeper=False)]
     for name, field in Recipe.model_fields.items():
         section = _section(field.annotation)
         if section is not None:
-            parts.append(_table(section, f"`{name}`", deeper=True))
+            parts.append(text_table(section, f"`{name}`", deeper=True))
     return "\n".join([*parts, _plugins()])
 
 
-def _table(section: type[Section], title: str, *, deeper: bool) -> str:
+def text_table(section: type[Section], title: str, *, deeper: bool) -> str:
     words = vars(section).get("__doc__")
     lines = [f"## {title}", "", *([inspect.cleandoc(words), ""] if words else [])]
     lines += ["| key | value | default | meaning |", "|---|---|---|---|"]

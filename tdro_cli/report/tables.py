@@ -15,14 +15,14 @@ def complete(plan: Plan) -> bool:
     return artifacts.is_complete(plan.out)
 
 
-def _console() -> Any:
+def terminal() -> Any:
     from rich.console import Console
 
     width = None if Console().is_terminal else int(os.environ.get("COLUMNS", 160))
     return Console(highlight=False, markup=False, width=width)  # a folder may be named runs/a[1]
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
+def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
     """A table whose first column is text and whose others are numbers."""
     from rich import box
     from rich.table import Table
@@ -59,7 +59,7 @@ def results(plans: Mapping[str, Plan], stages: Sequence[str]) -> dict[str, Any]:
 
 
 def print_results(plans: Mapping[str, Plan], stages: Sequence[str]) -> None:
-    console = _console()
+    console = terminal()
     several = len(stages) > 1
     for stage in stages:
         if stage not in plans:
@@ -101,7 +101,7 @@ def print_mining(console: Any, out: Path) -> None:
         for name, task in audit["tasks"].items()
     ]
     columns = ["task", "rows", "negatives", "rows with few", "with none", "positive found", "found first", "beaten"]
-    console.print(_table("Hard negatives", columns, rows))
+    console.print(text_table("Hard negatives", columns, rows))
     console.print(
         "  beaten: a passage not known to be relevant scores above the positive; some of these are relevant\n"
     )
@@ -114,7 +114,7 @@ def print_dedup(console: Any, out: Path) -> None:
         [name, f"{task['rows']:,}", *(task["duplicates"].get(c, 0) for c in collections), f"{task['kept']:,}"]
         for name, task in summary["tasks"].items()
     ]
-    console.print(_table("Rows that repeat a test query", ["task", "rows", *collections, "kept"], rows))
+    console.print(text_table("Rows that repeat a test query", ["task", "rows", *collections, "kept"], rows))
 
 
 def print_training(console: Any, stage: str, out: Path) -> None:
@@ -123,7 +123,7 @@ def print_training(console: Any, stage: str, out: Path) -> None:
         [name, f"{training['rows'][name]:,}", f"{seen:,}", f"{training['epochs'][name]:.2f}"]
         for name, seen in training["queries_seen"].items()
     ]
-    console.print(_table(f"{stage}: {training['steps']} steps", ["task", "rows", "queries seen", "epochs"], rows))
+    console.print(text_table(f"{stage}: {training['steps']} steps", ["task", "rows", "queries seen", "epochs"], rows))
 
 
 def print_weights(console: Any, out: Path) -> None:
@@ -137,10 +137,10 @@ def print_weights(console: Any, out: Path) -> None:
             [
                 name,
                 f"{task['size']:,}",
-                f"{facts['proxy_loss']:.3f}",
+                _number(facts["proxy_loss"]),
                 _number(facts["reference_loss"]),
                 _number(facts["measurement"])
-                + (f" ± {facts['standard_error']:.2g}" if facts["standard_error"] else ""),
+                + (f" ± {facts['standard_error']:.2f}" if facts["standard_error"] else ""),
                 f"{task['weight']:.4f}",
                 f"{task['mean']:.4f}",
                 f"{task['weight'] / uniform:.2f} ×",
@@ -158,8 +158,12 @@ def print_weights(console: Any, out: Path) -> None:
         "of uniform",
         "",
     ]
-    console.print(_table(f"Task weights after {weights['steps']} steps", columns, rows))
+    table = text_table(f"Task weights after {weights['steps']} steps", columns, rows)
+    table.columns[-1].justify = "left"  # bars
+    console.print(table)
     print_counterfactual(console, weights, summary)
+    if "moved" in summary:
+        console.print(f"  {summary['moved']}")
     console.print(f"  effective number of tasks: {summary['effective_tasks']:.1f} of {len(weights['tasks'])}")
     console.print(f"  {summary['convergence']['words']}")
     console.print(
@@ -178,7 +182,7 @@ def print_counterfactual(console: Any, weights: Mapping[str, Any], summary: Mapp
         ]
         short = [name.replace("relative, ", "").replace("relative_", "") for name in designs]
         console.print(
-            _table("α that the same losses give under other measurements", ["task", "this run", *short], rows)
+            text_table("α that the same losses give under other measurements", ["task", "this run", *short], rows)
         )
 
 
@@ -199,7 +203,7 @@ def print_sampling(console: Any, out: Path) -> None:
         )
     options = ", ".join(f"{key} {value}" for key, value in plan["options"].items())
     title = f"Sampling plan: {plan['strategy']}{f' ({options})' if options else ''}"
-    console.print(_table(title, ["task", "size", "α", "probability", "draws", "real epochs"], rows))
+    console.print(text_table(title, ["task", "size", "α", "probability", "draws", "real epochs"], rows))
     console.print(
         f"  {len(plan['tasks'])} tasks, {plan['data_used']:.0%} of the data in use, {plan['draws']:,} draws\n"
     )
@@ -215,27 +219,29 @@ def print_measures(console: Any, plan: Plan) -> None:
         collections = dict.fromkeys(c for s in summaries.values() for c, v in s["results"].items() if measure in v)
         rows = [[c, *(_number(s["results"].get(c, {}).get(measure)) for s in summaries.values())] for c in collections]
         rows.append(["average", *(_number(s["average"].get(measure)) for s in summaries.values())])
-        console.print(_table(measure, ["collection", *summaries], rows))
+        console.print(text_table(measure, ["collection", *summaries], rows))
     if (plan.out / "comparison.json").is_file():
         comparison = artifacts.read_json(plan.out / "comparison.json")
         main = comparison["models"][-1]
         mine = {key: [r for r in comparison[key] if r["model"] == main] for key in ("rows", "averages")}
         header, *rows = comparison_table({**comparison, **mine, "models": [main]})
-        console.print(_table(f"{main} against {comparison['baseline']}", header, rows))
+        console.print(text_table(f"{main} against {comparison['baseline']}", header, rows))
         console.print(f"  {comparison_note(comparison)}\n")
 
 
 def print_sample(folder: Path, written: Mapping[str, Any]) -> None:
-    console = _console()
-    console.print(_table(f"Training tasks in {folder / 'tasks'}", ["task", "rows"], list(written["tasks"].items())))
+    console = terminal()
+    console.print(text_table(f"Training tasks in {folder / 'tasks'}", ["task", "rows"], list(written["tasks"].items())))
     rows = [[name, c["documents"], c["queries"]] for name, c in written["collections"].items()]
-    console.print(_table(f"Test collections in {folder / 'collections'}", ["collection", "documents", "queries"], rows))
+    console.print(
+        text_table(f"Test collections in {folder / 'collections'}", ["collection", "documents", "queries"], rows)
+    )
 
 
 def print_plugins(listed: Sequence[Mapping[str, Any]]) -> None:
     from tdro_cli import registry
 
-    console = _console()
+    console = terminal()
     for kind in registry.KINDS:
         rows = [
             [
@@ -246,7 +252,7 @@ def print_plugins(listed: Sequence[Mapping[str, Any]]) -> None:
             for row in listed
             if row["kind"] == kind
         ]
-        table = _table(kind, ["name", "distribution", "options"], rows)
+        table = text_table(kind, ["name", "distribution", "options"], rows)
         for column in table.columns:
             column.justify, column.overflow = "left", "fold"
         console.print(table)
@@ -256,7 +262,7 @@ def print_plugins(listed: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_grid(result: Mapping[str, Any]) -> None:
-    console = _console()
+    console = terminal()
     (print_designs if result["stage"] == "learn-weights" else print_strategies)(console, result)
 
 
@@ -269,9 +275,9 @@ def print_designs(console: Any, result: Mapping[str, Any]) -> None:
     rows.append(["rank corr. between seeds", *(_number(design["between_seeds"]) for design in designs.values())])
     rows.append(["reference forwards", *(sum(design["reference_forwards"]) for design in designs.values())])
     seeds = ", ".join(map(str, result["seeds"]))
-    console.print(_table(f"Final α, mean ± standard deviation over seeds {seeds}", ["task", *designs], rows))
-    rows = [[a, *(f"{value:.2f}" for value in row.values())] for a, row in result["rank_correlation"].items()]
-    console.print(_table("Rank correlation of α between designs", ["", *designs], rows))
+    console.print(text_table(f"Final α, mean ± standard deviation over seeds {seeds}", ["task", *designs], rows))
+    rows = [[a, *map(_number, row.values())] for a, row in result["rank_correlation"].items()]
+    console.print(text_table("Rank correlation of α between designs", ["", *designs], rows))
 
 
 def print_strategies(console: Any, result: Mapping[str, Any]) -> None:
@@ -286,11 +292,13 @@ def print_strategies(console: Any, result: Mapping[str, Any]) -> None:
             for name, row in result["rows"].items()
         ]
         title = f"{measure}, mean ± standard deviation over seeds {seeds}"
-        console.print(_table(title, ["", "data used", *first], rows))
+        console.print(text_table(title, ["", "data used", *first], rows))
     for comparison in result["tests"].values():
         header, *rows = comparison_table(comparison)
-        console.print(_table(f"{comparison['models'][0]} against {comparison['baseline']}", header, rows))
-        console.print(f"  {comparison_note(comparison)}\n")
+        console.print(text_table(f"{comparison['models'][0]} against {comparison['baseline']}", header, rows))
+    if result["tests"]:
+        note = comparison_note(next(iter(result["tests"].values())))
+        console.print(f"  {note.replace('over collections', 'over designs and collections')}\n")
 
 
 def _spread(value: Mapping[str, float | None] | None, digits: int) -> str:
@@ -349,26 +357,26 @@ def _share_kept(recipe: Any, stage: str) -> float:
 
 
 def print_plans(description: Mapping[str, Any]) -> None:
-    console = _console()
+    console = terminal()
     epochs = {stage: facts["epochs"] for stage, facts in description["stages"].items() if "epochs" in facts}
     rows = [
         [
             name,
             f"{task['rows']:,}",
             task["format"],
-            _bytes(task["bytes"]),
+            size_text(task["bytes"]),
             *(f"{by_task[name]:.2f}" if name in by_task else "-" for by_task in epochs.values()),
         ]
         for name, task in description["tasks"].items()
     ]
     columns = ["task", "rows now", "format", "file", *(f"epochs, {stage}" for stage in epochs)]
-    console.print(_table(f"Plan of {description['recipe']}", columns, rows))
+    console.print(text_table(f"Plan of {description['recipe']}", columns, rows))
     for stage, facts in description["stages"].items():
         work = f", {facts['steps']} steps × {facts['texts_per_step']:,} texts" if "steps" in facts else ""
         console.print(f"  {stage:14} {facts['status']}{work}: {facts['folder']}", soft_wrap=True)
 
 
-def _bytes(count: float) -> str:
+def size_text(count: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,9 +1,9 @@
-"""Ablations: one recipe with several values of some keys and several seeds, sharing every stage that does not differ."""
+"""Ablations: one recipe with several values of some keys and several seeds. Stages that do not differ are shared."""
 
 from __future__ import annotations
 
 import itertools
-import re
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from tdro_cli.run.launch import Machines, run_plan
 from tdro_cli.run.plan import STAGES, Plan, make_plans
 from tdro_cli.run.progress import Progress
 
-_OUTSIDE_BRACKETS = re.compile(r",(?![^\[{(]*[\]})])")
+KEPT = ("seed", "data_seed", "name", "eval")  # keys that an ablation needs for itself
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,50 @@ class Variant:
 
 
 def variants(grid: Sequence[str]) -> list[Variant]:
-    """All combinations of `key.path=value,value,...`. Raises TdroError for a grid that is not of that form."""
-    axes = []
+    """All combinations of `key.path=value,value,...`; commas inside brackets or quotes are part of a value.
+
+    Raises TdroError for a grid that is not of that form, that has a value twice, or that varies a key of `KEPT`.
+    """
+    axes: dict[str, list[str]] = {}
     for axis in grid:
-        key, equals, values = axis.partition("=")
-        if not equals or not key or not values:
-            raise TdroError(f"--grid {axis!r} is not key.path=value,value", remedy="for instance --grid seed=1,2")
-        axes.append([(key, value) for value in _OUTSIDE_BRACKETS.split(values)])
+        key, equals, text = axis.partition("=")
+        values = _split(text)
+        if not equals or not key or not all(values):
+            remedy = "for instance --grid transfer.strategy.name=uniform,reweight"
+            raise TdroError(f"--grid {axis!r} is not key.path=value,value", remedy=remedy)
+        if key.partition(".")[0] in KEPT:
+            remedy = "use --seeds" if "seed" in key else "use --set for what all combinations share"
+            raise TdroError(f"{key} can't be varied by --grid", remedy=remedy)
+        if key in axes or len(set(values)) < len(values):
+            raise TdroError(f"--grid {axis!r} repeats a {'key' if key in axes else 'value'}", remedy="give each once")
+        axes[key] = values
+    shorts = [_short(key) for key in axes]
+    names = {key: short if shorts.count(short) == 1 else key for key, short in zip(axes, shorts, strict=True)}
     return [
         Variant(
-            label=", ".join(value if len(axes) == 1 else f"{_short(key)} {value}" for key, value in combination)
+            label=", ".join(
+                value if len(axes) == 1 else f"{names[key]} {value}" for key, value in zip(axes, values, strict=True)
+            )
             or "recipe",
-            overrides=tuple(f"{key}={value}" for key, value in combination),
+            overrides=tuple(f"{key}={value}" for key, value in zip(axes, values, strict=True)),
         )
-        for combination in itertools.product(*axes)
+        for values in itertools.product(*axes.values())
     ]
+
+
+def _split(text: str) -> list[str]:
+    """At commas, but not at those inside brackets or quotes."""
+    values, depth, quote = [""], 0, None
+    for letter in text:
+        if quote is None and depth == 0 and letter == ",":
+            values.append("")
+            continue
+        if letter in "\"'" and quote in (None, letter):
+            quote = letter if quote is None else None
+        elif quote is None:
+            depth += (letter in "[{(") - (letter in "]})")
+        values[-1] += letter
+    return [value.strip() for value in values]
 
 
 def _short(key: str) -> str:
@@ -63,43 +92,77 @@ def run_grid(
 ) -> dict[str, Any]:
     """Runs `stage` ("learn-weights" or "eval") for every combination and seed; returns what the tables show.
 
-    All recipes are checked before the first is run.
+    All recipes, training files and benchmarks are checked before the first run: raises Problems with their faults, each
+    under the label of its combination. A run that fails ends all, and its fault names the combination, too.
     """
+    chosen = variants(grid)
     base = recipes.load(recipe, overrides).recipe
     seed_of = [base.seed + number for number in range(seeds)]
     fixed = [] if base.data_seed is not None else [f"data_seed={base.seed}"]
+    needed: Sequence[str] = (stage,)
     if stage == "eval":
         if base.eval is None:
             raise TdroError("the recipe has no section 'eval'", where=str(recipe), remedy="add `eval:` with benchmarks")
         fixed += ["eval.models=[finetune]", "eval.compare_to=null"]
-    chosen = variants(grid)
-    problems: list[TdroError] = []
-    loaded = {}
-    for variant, seed in itertools.product(chosen, seed_of):
+        needed = STAGES
+    wanted = {
+        (variant.label, seed): [*overrides, *fixed, *variant.overrides, f"seed={seed}"]
+        for variant, seed in itertools.product(chosen, seed_of)
+    }
+    beside = [model for model in base.eval.models if model != "finetune"] if stage == "eval" else []
+    for seed in seed_of if beside else ():
+        models = [f"eval.models={json.dumps(beside)}", "eval.compare_to=null"]
+        wanted[_BESIDE, seed] = [*overrides, *fixed, *models, f"seed={seed}"]
+    plans = _checked(recipe, wanted, runs, {key: needed if key[0] != _BESIDE else ("eval",) for key in wanted})
+    for (label, seed), stages in plans.items():
+        shown.note(f"{label or ', '.join(beside)}, seed {seed}")
         try:
-            loaded[variant.label, seed] = recipes.load(recipe, [*overrides, *fixed, *variant.overrides, f"seed={seed}"])
+            _run_all(stages, machines, shown)
         except TdroError as error:
-            problems += error.errors if isinstance(error, Problems) else [error]
-    if problems:
-        raise Problems(problems)
-    plans: dict[tuple[str, int], dict[str, Plan]] = {}
-    for (label, seed), one in loaded.items():
-        shown.note(f"{label}, seed {seed}")
-        plans[label, seed] = make_plans(one, runs, needed=STAGES if stage == "eval" else (stage,))
-        _run_all(plans[label, seed], machines, shown)
+            raise _labelled(error, f"{label or ', '.join(beside)}, seed {seed}") from error
     labels = [variant.label for variant in chosen]
     if stage == "learn-weights":
         return weights_by_design(plans, labels, seed_of)
-    beside = [model for model in base.eval.models if model != "finetune"]
-    baselines = {}
-    if beside:
-        for seed in seed_of:
-            more = [f"eval.models=[{', '.join(beside)}]", "eval.compare_to=null", f"seed={seed}"]
-            one = recipes.load(recipe, [*overrides, *fixed, *more])
-            baselines[seed] = make_plans(one, runs, needed=("eval",))
-            shown.note(f"{', '.join(beside)}, seed {seed}")
-            _run_all(baselines[seed], machines, shown)
+    baselines = {seed: plans[_BESIDE, seed] for seed in seed_of} if beside else {}
     return measures_by_design(plans, baselines, beside, labels, seed_of)
+
+
+_BESIDE = ""  # stands for the models that are evaluated beside the combinations, by the recipe as it is
+
+Combination = tuple[str, int]  # label and seed
+
+
+def _checked(
+    recipe: Path, wanted: Mapping[Combination, Sequence[str]], runs: Path, needed: Mapping[Combination, Sequence[str]]
+) -> dict[Combination, dict[str, Plan]]:
+    """The plans of all combinations. Raises Problems: a fault that all share once, others under their labels."""
+    plans: dict[Combination, dict[str, Plan]] = {}
+    faults: dict[tuple[str, str | None, str | None], list[str]] = {}
+    first: dict[tuple[str, str | None, str | None], TdroError] = {}
+    for (label, seed), overrides in wanted.items():
+        try:
+            plans[label, seed] = make_plans(recipes.load(recipe, overrides), runs, needed=needed[label, seed])
+        except TdroError as error:
+            for fault in error.errors if isinstance(error, Problems) else [error]:
+                key = (fault.message, fault.where, fault.remedy)
+                first.setdefault(key, fault)
+                faults.setdefault(key, [])
+                if label not in faults[key]:
+                    faults[key].append(label)
+    if faults:
+        everyone = {label for label, _ in wanted}
+        raise Problems(
+            first[key] if set(labels) == everyone else _labelled(first[key], "; ".join(filter(None, labels)))
+            for key, labels in faults.items()
+        )
+    return plans
+
+
+def _labelled(error: TdroError, label: str) -> TdroError:
+    """The same fault, of the same kind, that says in which combination it is."""
+    if isinstance(error, Problems):
+        return Problems(_labelled(fault, label) for fault in error.errors)
+    return type(error)(f"{label}: {error.message}", where=error.where, remedy=error.remedy)
 
 
 def _run_all(plans: Mapping[str, Plan], machines: Machines, shown: Progress) -> None:
@@ -117,7 +180,6 @@ def weights_by_design(
 ) -> dict[str, Any]:
     """Final weights of each design: mean and standard deviation over seeds, and rank correlations between designs."""
     import numpy as np
-    from scipy.stats import spearmanr
 
     weights = {
         label: [
@@ -156,16 +218,24 @@ def weights_by_design(
             }
             for label in labels
         },
-        "rank_correlation": {a: {b: float(spearmanr(mean[a], mean[b]).statistic) for b in labels} for a in labels},
+        "rank_correlation": {a: {b: _rank_correlation(mean[a], mean[b]) for b in labels} for a in labels},
     }
+
+
+def _rank_correlation(a_G: Any, b_G: Any) -> float | None:
+    """Spearman's; None where one of them doesn't vary."""
+    from scipy.stats import spearmanr
+
+    if len(a_G) < 2 or min(a_G) == max(a_G) or min(b_G) == max(b_G):
+        return None
+    return float(spearmanr(a_G, b_G).statistic)
 
 
 def _mean_correlation(alpha_SG: Any) -> float | None:
     """Mean rank correlation between the weights of two seeds; None for one seed."""
-    from scipy.stats import spearmanr
-
-    pairs = list(itertools.combinations(alpha_SG, 2))
-    return float(sum(spearmanr(a, b).statistic for a, b in pairs) / len(pairs)) if pairs else None
+    found = [_rank_correlation(a_G, b_G) for a_G, b_G in itertools.combinations(alpha_SG, 2)]
+    known = [value for value in found if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def measures_by_design(
@@ -204,7 +274,31 @@ def measures_by_design(
             else:
                 both = {reference: values(reference, seeds[0]), label: values(label, seeds[0])}
                 tests[label] = compare(both, baseline=reference)
+    tests = correct_over_designs(tests)
     return {"stage": "eval", "seeds": list(seeds), "baseline": reference, "rows": rows, "tests": tests}
+
+
+def correct_over_designs(tests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The comparisons of designs with one baseline, `p_holm` corrected over all of them.
+
+    A measure's tests on collections are one family, over designs and collections; those of each average another.
+    """
+    from tdro_cli.retrieve.significance import holm
+
+    corrected = {
+        label: {**comparison, **{kind: [dict(row) for row in comparison[kind]] for kind in ("rows", "averages")}}
+        for label, comparison in tests.items()
+    }
+    families: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for comparison in corrected.values():
+        for kind in ("rows", "averages"):
+            for row in comparison[kind]:
+                families.setdefault((kind, row["measure"], row.get("benchmark")), []).append(row)
+    for rows in families.values():
+        decisive = next(key for key in ("p_seeds", "p_t_test", "p_randomisation") if key in rows[0])
+        for row, value in zip(rows, holm([row[decisive] for row in rows]), strict=True):
+            row["p_holm"] = value
+    return corrected
 
 
 def _over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
