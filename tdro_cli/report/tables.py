@@ -231,7 +231,8 @@ def print_measures(console: Any, plan: Plan) -> None:
 
 def print_sample(folder: Path, written: Mapping[str, Any]) -> None:
     console = terminal()
-    console.print(text_table(f"Training tasks in {folder / 'tasks'}", ["task", "rows"], list(written["tasks"].items())))
+    title = f"Training tasks in {folder / 'tasks'}"
+    console.print(text_table(title, ["task", "rows"], list(written["tasks"].items())))
     rows = [[name, c["documents"], c["queries"]] for name, c in written["collections"].items()]
     console.print(
         text_table(f"Test collections in {folder / 'collections'}", ["collection", "documents", "queries"], rows)

@@ -70,7 +70,7 @@ def test_the_default_floor_is_the_paper_above_it_and_says_where_it_binds():
     assert Relative()(losses).tolist() == pytest.approx([0.5 / DEFAULT_FLOOR, 0.042 / DEFAULT_FLOOR, 0])
     assert Relative().floor_binds(losses).tolist() == [False, True, False]
     assert Relative().clamped_share(losses).tolist() == [0.0, 1.0, 0.0]
-    assert Relative(shrinkage=0.1).floor_binds(losses).tolist() == [False, False, False]
+    assert Relative(shrinkage=DEFAULT_FLOOR).floor_binds(losses).tolist() == [False, False, False]
 
 
 def test_ema_averages_both_means_and_skips_absent_tasks():
