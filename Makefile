@@ -23,11 +23,12 @@ quickstart: install  ## the main job on the embedded sample data: 10 minutes on 
 	$(BIN)/tdro sample sample
 	$(BIN)/tdro run $(QUICKSTART)
 
+# tiny models are fastest on one thread, and threads that share cores with other work only wait for each other
 test: install  ## the default tests: under 10 minutes on 2 cores
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-slow: install  ## the long tests
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-plugins: install  ## install the distributions under plugins/ and run their tests
 	for plugin in plugins/*/; do \
