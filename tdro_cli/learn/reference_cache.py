@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
+import time
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+OPEN_TRIES = 200  # at 50 ms
 MAX_ROWS = 20_000_000  # about 1.2 GB
 
 
@@ -113,7 +115,7 @@ def _open(path: Path | str) -> sqlite3.Connection:
     # used by one thread at a time, but not always by the one that made it
     database = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
     try:
-        database.execute("PRAGMA journal_mode=WAL")
+        _write_ahead(database)
         database.execute("PRAGMA synchronous=NORMAL")
         database.execute(
             "CREATE TABLE IF NOT EXISTS losses (key BLOB PRIMARY KEY, loss REAL, checksum INTEGER) WITHOUT ROWID"
@@ -122,6 +124,19 @@ def _open(path: Path | str) -> sqlite3.Connection:
         database.close()
         raise
     return database
+
+
+def _write_ahead(database: sqlite3.Connection) -> None:
+    """Write-ahead logging. SQLite does not wait here: of two that open a new file at once, one must try again."""
+    for _ in range(OPEN_TRIES - 1):
+        try:
+            database.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+            time.sleep(0.05)
+    database.execute("PRAGMA journal_mode=WAL")
 
 
 def _checksum(key: bytes, loss: float) -> int:
