@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -139,3 +140,22 @@ def another_experiment(referenced: Experiment, tmp_path: Path) -> Callable[[str]
         return Experiment(referenced.recipe, tmp_path / name)
 
     return copy
+
+
+@pytest.fixture
+def tdro(monkeypatch, capsys):
+    """Runs a command in this process, as the console script does: (exit code, stdout, stderr)."""
+
+    from tdro_cli import cli
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tdro", *arguments])
+        try:
+            code = cli.main() or 0
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return run

@@ -43,23 +43,6 @@ def write_task(name, rows):
     Path(f"data/{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-@pytest.fixture
-def tdro(monkeypatch, capsys):
-    """Runs a command in this process, as the console script does: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tdro", *arguments])
-        try:
-            code = cli.main() or 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return run
-
-
 def files():
     """All files but the cache of training files."""
     return sorted(str(p) for p in Path().rglob("*") if p.is_file() and ".cache" not in p.parts)

@@ -62,7 +62,6 @@ class Engine:
         if self._max_grad_norm is not None:
             config["gradient_clipping"] = 0.0
         self._trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        fused = world.device.type in ("cuda", "cpu")
         self._engine, *_ = engine.initialize(
             model=module,
             optimizer=torch.optim.AdamW(
@@ -70,7 +69,7 @@ class Engine:
                 lr=optimizer.learning_rate,
                 betas=tuple(optimizer.betas),
                 eps=optimizer.eps,
-                fused=fused,
+                fused=True,
             ),
             config=config,
         )

@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tdro_cli import cli
 from tdro_cli.errors import Problems, RunFailed, TdroError
 from tdro_cli.run.grid import correct_over_designs, run_grid, variants
 from tdro_cli.run.launch import Machines
@@ -108,21 +106,10 @@ def project(tiny_recipe, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tdro(project, monkeypatch, capsys):
-    """Runs a command as the console script does: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.chdir(project)
-        monkeypatch.setattr(sys, "argv", ["tdro", *arguments])
-        try:
-            code = cli.main() or 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return run
+def tdro(project, tdro, monkeypatch):
+    """Commands run in the project's folder."""
+    monkeypatch.chdir(project)
+    return tdro
 
 
 def stages(runs: Path) -> Counter[str]:
