@@ -159,3 +159,21 @@ def tdro(monkeypatch, capsys):
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def made_up() -> Callable[..., dict]:
+    """nDCG@10 by collection and query of a model that there isn't: `made_up(seed, gain)`."""
+    return _made_up
+
+
+def _made_up(seed, gain=0.0, names=("a", "b"), queries=60):
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    return {
+        name: {
+            "nDCG@10": {f"q{i}": float(v) for i, v in enumerate(np.clip(rng.normal(0.4 + gain, 0.1, queries), 0, 1))}
+        }
+        for name in names
+    }

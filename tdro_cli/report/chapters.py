@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 from tdro_cli import __version__
 from tdro_cli.errors import Problems, TdroError
 from tdro_cli.report import figures
+from tdro_cli.report.measures import SIGNIFICANT
 from tdro_cli.report.page import Block, Chapter, Document, Drawing, Facts, Listing, Notes, Table, Words
 from tdro_cli.run.history import SHORT, Experiment, StageRun
+from tdro_cli.run.plan import TRAINING
 
 if TYPE_CHECKING:
     from tdro_cli.run.progress import Progress
-
-CLEAR = 0.01  # p values up to it are called a difference, as in the tables of `eval`
-TRAINING = ("train-ref", "learn-weights", "finetune")
 
 
 def report(experiment: Experiment, health: Mapping[str, Any] | str) -> Document:
@@ -121,11 +120,11 @@ def _verdict(row: Mapping[str, Any], baseline: str) -> str:
     scope = row.get("collection") or f"average of {row['collections']} collections"
     told = f"{row['model']} {_number(row['model_value'])}, {baseline} {_number(row['baseline_value'])}"
     test = f"95 % interval of the difference {low:+.4f} to {high:+.4f}, p {_p(p)}"
-    clear = p is not None and p <= CLEAR
+    clear = p is not None and p <= SIGNIFICANT
     claim = (
         f"{row['model']} is {'better' if row['difference'] > 0 else 'worse'}"
         if clear
-        else f"no difference is shown at p ≤ {CLEAR}"
+        else f"no difference is shown at p ≤ {SIGNIFICANT}"
     )
     return f"{row['measure']}, {scope}: {told}; {test}: {claim}."
 

@@ -7,7 +7,7 @@ import pytest
 
 from tdro_cli.data.formats import read_examples
 from tdro_cli.data.imports import import_task
-from tdro_cli.errors import Problems, TdroError
+from tdro_cli.errors import Problems
 
 datasets = pytest.importorskip("datasets", reason="pip install 'tdro[datasets]'")
 PAIRS = {"question": ["a?", "b?"], "answer": ["A", "B"]}
@@ -21,16 +21,7 @@ SQUAD = {
 }
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def fault(*args, **options):
-    with pytest.raises(TdroError) as caught:
-        import_task(*args, **options)
-    assert not Path(args[1]).exists() and not list(Path().glob(".*.jsonl*"))
-    return caught.value
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def test_a_saved_dataset_of_a_known_layout_needs_no_columns():
@@ -60,12 +51,12 @@ def test_a_folder_of_parquet_files_is_read(tdro):
     assert {example.query for example in read_examples("pairs.jsonl.gz")} == {"a?", "b?"}
 
 
-def test_a_hub_name_without_network_is_told(monkeypatch):
+def test_a_hub_name_without_network_is_told(monkeypatch, fault):
     error = fault("some-org/no-such-set", Path("x.jsonl"))
     assert "no dataset 'some-org/no-such-set', split 'train'" in error.message and "network" in error.remedy
 
 
-def test_splits_and_columns_that_are_not_there_are_told():
+def test_splits_and_columns_that_are_not_there_are_told(fault):
     datasets.DatasetDict({"train": datasets.Dataset.from_dict(SQUAD)}).save_to_disk("saved")
     assert fault("saved", Path("x.jsonl"), split="dev").remedy == "give --split one of train"
     error = fault("saved", Path("x.jsonl"), columns={"query": "question", "positive": "contxt"})
@@ -74,7 +65,7 @@ def test_splits_and_columns_that_are_not_there_are_told():
     assert "no column 'passage' can be given" in fault("saved", Path("x.jsonl"), columns={"passage": "a"}).message
 
 
-def test_bad_rows_are_told_together_or_left_out_and_counted():
+def test_bad_rows_are_told_together_or_left_out_and_counted(fault):
     rows = {"question": ["a?", "", "c?", None], "answer": ["A", "B", None, "D"]}
     datasets.Dataset.from_dict(rows).save_to_disk("saved")
     error = fault("saved", Path("x.jsonl"))

@@ -9,21 +9,11 @@ import pytest
 
 from tdro_cli.data.formats import read_examples
 from tdro_cli.data.imports import import_task
-from tdro_cli.errors import TdroError
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def fault(*args, **options):
-    with pytest.raises(TdroError) as caught:
-        import_task(*args, **options)
-    assert not Path(args[1]).exists() and not list(Path().glob(".*.jsonl*"))
-    return caught.value
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def write_lines(path, rows, opener=open):
@@ -56,7 +46,7 @@ def test_judged_queries_are_joined_with_their_documents(beir):
     assert [p.docid for p in second.positives] == ["d1"] and [p.docid for p in second.negatives] == ["d2"]
 
 
-def test_a_split_that_is_not_there_is_told_with_those_that_are(beir):
+def test_a_split_that_is_not_there_is_told_with_those_that_are(beir, fault):
     assert fault(beir, Path("x.jsonl"), split="dev").remedy == "give --split one of train"
 
 
@@ -69,12 +59,12 @@ def test_a_split_that_is_not_there_is_told_with_those_that_are(beir):
         ("q1\td1\thigh", "bad judgement 'q1\\td1\\thigh'"),
     ],
 )
-def test_judgements_that_do_not_fit_are_told(beir, line, words):
+def test_judgements_that_do_not_fit_are_told(beir, line, words, fault):
     Path("beir/qrels/train.tsv").write_text(QRELS + line + "\n")
     assert words in fault(beir, Path("x.jsonl")).message
 
 
-def test_a_broken_corpus_line_is_told_with_its_place(beir):
+def test_a_broken_corpus_line_is_told_with_its_place(beir, fault):
     Path("beir/corpus.jsonl.gz").unlink()
     Path("beir/corpus.jsonl").write_text('{"_id": "d1", "text": "a"}\n{"id": 3}\n')
     assert fault(beir, Path("x.jsonl")).where == "beir/corpus.jsonl:2"

@@ -1,5 +1,3 @@
-import numpy as np
-
 from tdro_cli.report.measures import (
     Table,
     benchmark_tables,
@@ -15,17 +13,7 @@ from tdro_cli.retrieve.comparison import compare, compare_seeds
 from tdro_cli.retrieve.measures import summary
 
 
-def made_up(seed, gain=0.0, names=("a", "b"), queries=60):
-    rng = np.random.default_rng(seed)
-    return {
-        name: {
-            "nDCG@10": {f"q{i}": float(v) for i, v in enumerate(np.clip(rng.normal(0.4 + gain, 0.1, queries), 0, 1))}
-        }
-        for name in names
-    }
-
-
-def test_the_table_stars_what_is_sure_and_owns_up_to_one_seed():
+def test_the_table_stars_what_is_sure_and_owns_up_to_one_seed(made_up):
     comparison = compare({"base": made_up(0), "better": made_up(1, gain=0.1)}, baseline="base")
     table = comparison_table(comparison)
     assert table[0][:4] == ["measure", "collection", "base", "better"]
@@ -35,7 +23,7 @@ def test_the_table_stars_what_is_sure_and_owns_up_to_one_seed():
     assert "seed noise is unknown" in comparison_note(comparison)
 
 
-def test_the_table_over_seeds_shows_the_spread():
+def test_the_table_over_seeds_shows_the_spread(made_up):
     comparison = compare_seeds([(made_up(s), made_up(s + 5)) for s in range(3)], baseline="b", model="m")
     table = comparison_table(comparison)
     column = table[0].index("seed spread")
@@ -72,7 +60,7 @@ def test_results_are_laid_out_as_in_the_papers_table_three():
     ]
 
 
-def test_a_benchmark_of_one_collection_has_its_gain_too():
+def test_a_benchmark_of_one_collection_has_its_gain_too(made_up):
     values = {"b": made_up(0, names=("own",)), "m": made_up(1, gain=0.2, names=("own",))}
     table = paper_table(summaries(values), compare(values, baseline="b"))
     assert table.groups == [("", 1), ("all sets (1)", 1)]
@@ -90,7 +78,7 @@ def test_each_benchmark_and_measure_has_a_table_of_sets():
     ]
 
 
-def test_collections_of_no_benchmark_share_a_table():
+def test_collections_of_no_benchmark_share_a_table(made_up):
     found = benchmark_tables(summaries({"m": made_up(0, names=("x", "y"))}))
     assert [(table.title, len(table.rows)) for table in found] == [("nDCG@10", 4)]
 

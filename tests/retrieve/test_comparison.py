@@ -6,17 +6,7 @@ from tdro_cli.retrieve.comparison import compare, compare_groups, compare_seeds,
 from tdro_cli.retrieve.measures import summary
 
 
-def made_up(seed, gain=0.0, names=("a", "b"), queries=60):
-    rng = np.random.default_rng(seed)
-    return {
-        name: {
-            "nDCG@10": {f"q{i}": float(v) for i, v in enumerate(np.clip(rng.normal(0.4 + gain, 0.1, queries), 0, 1))}
-        }
-        for name in names
-    }
-
-
-def test_comparison_holds_the_tests_of_the_differences():
+def test_comparison_holds_the_tests_of_the_differences(made_up):
     from scipy import stats
 
     base, better = made_up(0), made_up(1, gain=0.05)
@@ -39,7 +29,7 @@ def test_comparison_holds_the_tests_of_the_differences():
     assert average["difference"] == pytest.approx(sum(row["difference"] for row in out["rows"]) / 2)
 
 
-def test_a_model_against_itself_differs_in_nothing():
+def test_a_model_against_itself_differs_in_nothing(made_up):
     out = compare({"m": made_up(0), "same": made_up(0)}, baseline="m")
     for row in out["rows"]:
         assert (row["difference"], row["p_t_test"], row["p_randomisation"], row["p_holm"]) == (0, 1, 1, 1)
@@ -59,7 +49,7 @@ def test_runs_over_other_queries_are_refused():
         compare({"b": base, "m": other}, baseline="b")
 
 
-def test_one_benchmark_has_one_average():
+def test_one_benchmark_has_one_average(made_up):
     names = ("beir/nq", "beir/fiqa")
     out = compare({"b": made_up(0, names=names), "m": made_up(1, names=names)}, baseline="b")
     assert [row["benchmark"] for row in out["averages"]] == ["beir"]
@@ -84,7 +74,7 @@ def test_seeds_take_back_what_queries_alone_would_call_significant():
     assert row["interval"][0] < 0 < row["interval"][1]
 
 
-def test_averages_over_seeds_pair_seeds_and_collections():
+def test_averages_over_seeds_pair_seeds_and_collections(made_up):
     from scipy import stats
 
     pairs = [(made_up(s), made_up(s + 10, gain=0.05)) for s in range(4)]
@@ -97,12 +87,12 @@ def test_averages_over_seeds_pair_seeds_and_collections():
     assert average["interval"][0] < average["difference"] < average["interval"][1]
 
 
-def test_one_seed_is_too_few_for_seed_noise():
+def test_one_seed_is_too_few_for_seed_noise(made_up):
     with pytest.raises(ValueError, match="2 seeds"):
         compare_seeds([(made_up(0), made_up(1))], baseline="b", model="m")
 
 
-def test_groups_of_one_run_are_compared_over_queries_and_larger_ones_over_seeds():
+def test_groups_of_one_run_are_compared_over_queries_and_larger_ones_over_seeds(made_up):
     one = compare_groups({"b": [made_up(0)], "m": [made_up(1)], "n": [made_up(2)]}, baseline="b")
     assert one["seed_noise"] == "unknown" and one["models"] == ["m", "n"]
     groups = {"b": [made_up(s) for s in range(3)], "m": [made_up(s + 5) for s in range(3)]}
@@ -113,13 +103,13 @@ def test_groups_of_one_run_are_compared_over_queries_and_larger_ones_over_seeds(
     assert {row["model"] for row in several["averages"]} == {"m", "n"}
 
 
-def test_what_no_seed_changes_stands_for_every_seed():
+def test_what_no_seed_changes_stands_for_every_seed(made_up):
     trained = [made_up(s) for s in range(3)]
     found = compare_groups({"bm25": [made_up(7)], "trained": trained}, baseline="bm25")
     assert found == compare_seeds([(made_up(7), run) for run in trained], baseline="bm25", model="trained")
 
 
-def test_groups_with_other_numbers_of_seeds_are_refused():
+def test_groups_with_other_numbers_of_seeds_are_refused(made_up):
     with pytest.raises(TdroError, match=r"not the same number of seeds for each \(b: 2, m: 3\)"):
         compare_groups({"b": [made_up(0)] * 2, "m": [made_up(1)] * 3}, baseline="b")
 
