@@ -26,6 +26,23 @@ plugins_app = typer.Typer(help="What is installed for each kind of plugin.", inv
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(plugins_app, name="plugins")
 
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from tdro_cli import __version__
+
+        print(f"tdro {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None: ...
+
+
 RecipePath = Annotated[Path, typer.Argument(metavar="[RECIPE]", help="the recipe, a YAML file")]
 Set = Annotated[
     list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="override a key of the recipe; repeatable")

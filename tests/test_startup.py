@@ -29,3 +29,10 @@ def test_help_imports_nothing_heavy(arguments):
 def test_checking_and_listing_import_no_model_and_no_jvm():
     for arguments in (["recipe", "list"], ["recipe", "schema"], ["plugins"]):
         assert not imported(*arguments) & {"torch", "transformers", "deepspeed", "peft", "jnius", "pyserini"}
+
+
+def test_the_version_is_the_distributions():
+    from importlib.metadata import version
+
+    told = subprocess.run([sys.executable, "-m", "tdro_cli", "--version"], capture_output=True, text=True, check=True)
+    assert told.stdout == f"tdro {version('tdro')}\n"
