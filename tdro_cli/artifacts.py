@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+_CHECKPOINT = re.compile(r"step-([0-9]+)")
 ORPHAN_SECONDS = 3600.0  # on a shared file system, the process of another machine may be at work on it
 
 
@@ -91,6 +93,21 @@ def read_json(path: Path) -> Any:
 def is_complete(folder: Path) -> bool:
     """Whether `folder` is a published artifact."""
     return (folder / MANIFEST).is_file()
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The whole checkpoints of a training run, the newest first."""
+    return sorted(filter(is_complete, checkpoint_folders(folder)), key=step_of, reverse=True)
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Checkpoints, whole or not; a copy that somebody made under another name is none."""
+    return [path for path in folder.glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """After how many steps a checkpoint was written."""
+    return int(_CHECKPOINT.fullmatch(checkpoint.name)[1])  # type: ignore[index]
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

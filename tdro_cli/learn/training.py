@@ -39,7 +39,7 @@ from tdro_cli.protocols import FalseNegativeMask
 from tdro_cli.recipe import Checkpoint, Optimizer, Recipe, Schedule, Training
 from tdro_cli.run import timing
 from tdro_cli.run.distributed import World
-from tdro_cli.run.engine import Engine, checkpoints_in, damage, keep_newest, remove, seed_everything
+from tdro_cli.run.engine import Engine, damage, keep_newest, remove, seed_everything
 from tdro_cli.run.memory import peak_memory
 from tdro_cli.run.plan import Plan, open_tasks
 from tdro_cli.run.progress import Progress
@@ -229,10 +229,10 @@ class Run:
         """The newest checkpoint whose files are those that were written. Damaged ones are removed, with a warning."""
         sound = -1
         if self.world.leads:
-            for folder in checkpoints_in(self.checkpoints):
+            for folder in artifacts.checkpoints_in(self.checkpoints):
                 fault = damage(folder)
                 if fault is None:
-                    sound = _step_of(folder)
+                    sound = artifacts.step_of(folder)
                     break
                 self.progress.warn(
                     f"the checkpoint {folder} is damaged ({fault}) and is removed; an earlier one is used"
@@ -320,10 +320,6 @@ class Run:
         )
         self._events = EventLog(recipe.loggers, run, self.progress.warn)
         self._events.begin(kept)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -207,22 +207,16 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The whole checkpoints, the newest first."""
-    whole = [path for path in folder.glob("step-*") if (path / artifacts.MANIFEST).is_file()]
-    return sorted(whole, reverse=True)
-
-
 def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep_newest(folder: Path, count: int) -> None:
     """Removes whole checkpoints but the `count` newest, and what is left of ones that a kill cut short."""
-    kept = checkpoints_in(folder)[:count]
-    for path in [*folder.glob("step-*"), *folder.glob(".step-*")]:
-        if path not in kept:
-            remove(path)
+    whole = artifacts.checkpoints_in(folder)
+    halves = [path for path in artifacts.checkpoint_folders(folder) if path not in whole]
+    for path in [*whole[count:], *halves, *folder.glob(".step-*.partial")]:
+        remove(path)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -53,9 +53,8 @@ def _run(folder: Path) -> dict[str, Any]:
         "steps": _steps(folder),
         "folder": str(folder),
     }
-    with suppress(ValueError, IndexError):
-        whole = [path for path in folder.glob("checkpoints/step-*") if artifacts.is_complete(path)]
-        run["checkpoint"] = max(int(path.name.removeprefix("step-")) for path in whole)
+    if whole := artifacts.checkpoints_in(folder / "checkpoints"):
+        run["checkpoint"] = artifacts.step_of(whole[0])
     if artifacts.is_complete(folder / "out"):
         try:
             run |= {"status": "complete", "when": str(artifacts.manifest_of(folder / "out")["published"])}

@@ -11,12 +11,12 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn  # noqa: E402
 
+from tdro_cli.artifacts import checkpoints_in  # noqa: E402
 from tdro_cli.errors import RunFailed, TdroError  # noqa: E402
 from tdro_cli.recipe import Optimizer  # noqa: E402
 from tdro_cli.run.distributed import World  # noqa: E402
 from tdro_cli.run.engine import (  # noqa: E402
     Engine,
-    checkpoints_in,
     damage,
     deepspeed_config,
     keep_newest,
@@ -207,14 +207,23 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path):
 
 
 def test_only_whole_checkpoints_count_and_the_newest_are_kept(tmp_path):
-    for step in (2, 10, 4):
+    for step in (2, 10, 999_999, 1_000_000):
         (tmp_path / f"step-{step:06d}").mkdir()
         if step != 10:
             (tmp_path / f"step-{step:06d}" / "manifest.json").write_text("{}")
     (tmp_path / ".step-000012.partial").mkdir()
-    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-000004", "step-000002"]
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-1000000", "step-999999", "step-000002"]
     keep_newest(tmp_path, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1000000"]
+
+
+def test_a_copy_of_a_checkpoint_is_neither_read_nor_removed(tmp_path):
+    for name in ("step-000002", "step-000002-copy", "step-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-000002"]
+    keep_newest(tmp_path, 1)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_random_numbers_differ_between_ranks_and_not_between_runs():
