@@ -15,6 +15,10 @@ from pathlib import Path
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports DeepSpeed, which would look for a device
 
 import pytest
+from hypothesis import Phase, settings
+
+# `make mutants`: as many examples as ever, but a failing one is neither made smaller nor kept
+settings.register_profile("mutants", phases=(Phase.explicit, Phase.generate), database=None, deadline=None)
 
 MODULES = {  # task: standard library modules whose docstrings are its text, and how many rows it has
     "shell": (("argparse", "shutil", "optparse"), 90),

@@ -52,7 +52,7 @@ class Relative:
         return {
             "proxy": torch.zeros(num_tasks),
             "reference": torch.zeros(num_tasks),
-            "seen": torch.zeros(num_tasks) > 0,
+            "seen": torch.zeros(num_tasks, dtype=torch.bool),
         }
 
     def measure(self, state: dict[str, Any], losses: TaskLosses) -> tuple[dict[str, Any], Tensor]:

@@ -129,11 +129,16 @@ def task_schedule(plan: BatchPlan, steps: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _schedule(plan: BatchPlan, steps: int) -> np.ndarray:
+    return _drawn_schedule(plan, steps) if plan.draws == "independent" else _fair_schedule(plan, steps)
+
+
+def _drawn_schedule(plan: BatchPlan, steps: int) -> np.ndarray:
     probability_G = _exact(plan.probabilities)
-    if plan.draws == "independent":
-        return np.array(
-            [_random(plan.seed, 4, step).choice(len(probability_G), p=probability_G) for step in range(steps)]
-        )
+    return np.array([_random(plan.seed, 4, step).choice(len(probability_G), p=probability_G) for step in range(steps)])
+
+
+def _fair_schedule(plan: BatchPlan, steps: int) -> np.ndarray:
+    probability_G = _exact(plan.probabilities)
     tasks = np.flatnonzero(probability_G > 0)
     tasks = tasks[_random(plan.seed, 5, 0).permutation(len(tasks))]
     share = probability_G[tasks]

@@ -22,7 +22,7 @@ def per_query_infonce(
     # float32 before the product: at temperature 0.002 a bfloat16 logit moves in steps of 2
     with torch.autocast(query_BD.device.type, enabled=False):
         score_BN = torch.einsum("bd,bnd->bn", query_BD.float(), passage_BND.float()) / temperature
-    positive_B = torch.zeros(len(score_BN), dtype=torch.int64, device=score_BN.device)
+    positive_B = score_BN.new_zeros(len(score_BN), dtype=torch.int64)
     return _negative_log_share(score_BN, positive_B, mask_BN)
 
 
@@ -43,8 +43,7 @@ def in_batch_infonce(
     _check(query_BD, passage_BND, temperature, mask_BN)
     num_queries, num_passages = passage_BND.shape[:2]
     if mask_BN is not None:
-        mask_BM = mask_BN.reshape(1, -1) & (True if mask_BM is None else mask_BM)
-        mask_BM = mask_BM.expand(num_queries, -1)
+        mask_BM = (mask_BN.flatten() & (True if mask_BM is None else mask_BM)).expand(num_queries, -1)
     positive_B = torch.arange(num_queries, device=query_BD.device) * num_passages
     return infonce(query_BD, passage_BND.flatten(0, 1), positive_B, temperature, mask_BM)
 
@@ -96,11 +95,11 @@ def candidate_mask(
     refused too: `infonce` lets it in.
     """
     row_B = torch.arange(len(query_text_id_R), device=query_text_id_R.device) if row_B is None else row_B
-    hit_RM = torch.zeros(len(query_text_id_R), len(candidate_text_id_M), dtype=torch.bool, device=row_B.device)
+    hit_RM = row_B.new_zeros(len(query_text_id_R), len(candidate_text_id_M), dtype=torch.bool)
     for positive_R in positive_text_id_RP.T:  # one column at a time: R·P·M would be large
         hit_RM |= (positive_R[:, None] == candidate_text_id_M) & (positive_R[:, None] >= 0)
     distinct, group_R = query_text_id_R.unique(return_inverse=True)
-    hits_of_text = torch.zeros(len(distinct), hit_RM.shape[1], dtype=torch.int32, device=row_B.device)
+    hits_of_text = row_B.new_zeros(len(distinct), hit_RM.shape[1], dtype=torch.int32)
     hits_of_text.index_add_(0, group_R, hit_RM.int())
     allowed_BM = (hits_of_text[group_R[row_B]] == 0) & (candidate_text_id_M >= 0)
     return allowed_BM if in_batch else allowed_BM & (candidate_row_M == row_B[:, None])
@@ -125,7 +124,7 @@ def _check_temperature(temperature: float) -> None:
 
 def _check(query_BD: Tensor, passage_BND: Tensor, temperature: float, mask_BN: Tensor | None) -> None:
     _check_temperature(temperature)
-    if query_BD.ndim != 2 or passage_BND.ndim != 3 or query_BD.shape != passage_BND[:, 0].shape:
+    if passage_BND.ndim != 3 or not passage_BND.shape[1] or query_BD.shape != passage_BND.shape[::2]:
         raise ValueError(
             f"queries [B, D] and passages [B, N, D] needed, got {list(query_BD.shape)} and {list(passage_BND.shape)}"
         )

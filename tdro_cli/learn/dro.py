@@ -84,7 +84,7 @@ def fill_absent(measurement_G: Tensor, count_G: Tensor, last_G: Tensor | None, p
     present_G = count_G > 0
     if not present_G.any():
         raise ValueError("a batch without queries has no measurement")
-    if policy == "zero" or bool(present_G.all()):
+    if policy == "zero":
         return measurement_G
     mean = measurement_G[present_G].mean()
     remembered_G = mean.expand_as(measurement_G) if last_G is None else torch.where(last_G.isnan(), mean, last_G)
@@ -134,8 +134,8 @@ class WeightAverages:
     decay: float = 0.9
 
     @staticmethod
-    def start(weights_G: Tensor, *, decay: float = 0.9) -> WeightAverages:
-        return WeightAverages(weights_G.double().clone(), weights_G.double().clone(), decay=decay)
+    def start(weights_G: Tensor) -> WeightAverages:
+        return WeightAverages(weights_G.double().clone(), weights_G.double().clone())
 
     def update(self, weights_G: Tensor) -> WeightAverages:
         """The averages after one more update of the weights."""
@@ -205,7 +205,7 @@ def update_weights(
     else:
         measurement_state, measured_G = None, measurement(losses)
     measured_G, count_G = require_finite(measured_G.detach().float().cpu()), losses.counts().cpu()
-    absent_tasks = "zero" if getattr(updater, "samples", False) else absent_tasks
+    absent_tasks = "zero" if getattr(updater, "samples", None) else absent_tasks
     seen_G = fill_absent(measured_G, count_G, state.last_G, absent_tasks)
     if isinstance(updater, GradientUpdater):
         if product_GG is None:
@@ -224,7 +224,7 @@ def update_weights(
 
 def learned_weights(updater: WeightUpdater, state: WeightState) -> Tensor:
     """The updater's result: [G] float32. The mean where it has `output = "mean"` (DoReMi), else the last weights."""
-    if getattr(updater, "output", "final") == "mean":
+    if getattr(updater, "output", None) == "mean":
         return state.averages.mean_G.float()
     return updater.weights(state.updater)
 
@@ -288,7 +288,7 @@ def standard_error(measurement: LossMeasurement, losses: TaskLosses, *, folds: i
         estimates.append(measurement(_select(losses, keep_B)).double())
     estimate_FG = torch.stack(estimates)
     used_FG = torch.arange(folds, device=count_G.device)[:, None] < groups_G
-    mean_G = (estimate_FG * used_FG).sum(0) / groups_G.clamp_min(1)
+    mean_G = (estimate_FG * used_FG).sum(0) / groups_G
     spread_G = ((estimate_FG - mean_G).square() * used_FG).sum(0)
     error_G = (spread_G * (groups_G - 1) / groups_G).sqrt()
     return torch.where(groups_G >= 2, error_G, torch.nan)

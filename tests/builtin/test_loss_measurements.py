@@ -130,6 +130,42 @@ def test_official_reports_the_share_of_replaced_queries():
     assert RelativeOfficial().clamped_share(losses).tolist() == [0.5, 0, 0]
 
 
+def test_official_replaces_shares_under_the_threshold_and_not_at_it():
+    # shares 1/4 and 3/4; proxy losses 2 and 3
+    losses = TaskLosses(tensor([2.0, 3.0]), tensor([1.0, 3.0]), tensor([0, 1]), 2)
+    assert RelativeOfficial(threshold=0.25)(losses).tolist() == [8, 4]
+    assert RelativeOfficial(threshold=0.25).clamped_share(losses).tolist() == [0, 0]
+    assert RelativeOfficial(threshold=0.5)(losses).tolist() == [2, 4]
+    assert RelativeOfficial(threshold=0.5).clamped_share(losses).tolist() == [1, 0]
+
+
+def test_official_counts_the_micro_batches_of_the_update_and_not_those_with_the_task():
+    # three micro-batches; task 0 is in the first alone, where its share is 1/2: (4 / 0.5 + 0 + 0) / 3
+    proxy, reference = tensor([4.0, 1.0, 1.0, 1.0]), torch.ones(4)
+    losses = TaskLosses(proxy, reference, tensor([0, 1, 1, 1]), 2, tensor([0, 0, 5, 7]))
+    assert RelativeOfficial()(losses).tolist() == pytest.approx([8 / 3, (2 + 1 + 1) / 3])
+
+
+def test_official_grows_with_the_batch_and_relative_does_not():
+    small = TaskLosses(**SMALL)
+    double = TaskLosses(*(torch.cat([column, column]) for column in (small.proxy, small.reference, small.task)), 3)
+    assert torch.allclose(RelativeOfficial()(double), 2 * RelativeOfficial()(small))
+    assert torch.allclose(Relative()(double), Relative()(small))
+
+
+def test_official_has_no_negative_ratio():
+    losses = TaskLosses(tensor([-1.0, 2.0]), tensor([1.0, 1.0]), tensor([0, 1]), 2)
+    assert RelativeOfficial()(losses).tolist() == [0, 4]
+
+
+@pytest.mark.parametrize("measurement", [Relative(), RelativeOfficial(), Excess(), Absolute()], ids=repr)
+@pytest.mark.parametrize("micro_batch", [None, torch.empty(0, dtype=torch.int64)])
+def test_no_queries_measure_zero(measurement, micro_batch):
+    nothing = torch.empty(0)
+    losses = TaskLosses(nothing, nothing, torch.empty(0, dtype=torch.int64), 2, micro_batch)
+    assert measurement(losses).tolist() == [0, 0]
+
+
 def test_official_depends_on_the_micro_batches_and_relative_does_not():
     split = SMALL | {"micro_batch": tensor([0, 1, 1])}
     # shares 1 | 1/3, 2/3: task 0 measures 2 and 12, task 2 is absent and then 3/2
@@ -165,10 +201,17 @@ def test_a_larger_proxy_loss_never_lowers_a_measurement(rows, factor, task):
         assert torch.equal(higher_G.where(torch.arange(5) != task, lower_G), lower_G)
 
 
-@pytest.mark.parametrize("measurement", [Relative(), RelativeOfficial(), Excess()], ids=repr)
-def test_a_missing_reference_is_said_in_words(measurement):
-    with pytest.raises(ValueError, match="needs reference losses"):
-        measurement(TaskLosses(tensor([1.0]), None, tensor([0]), 1))
+@pytest.mark.parametrize(
+    ("measure", "name"),
+    [
+        *((Relative(), "relative"), (Relative().floor_binds, "relative"), (Excess(), "excess")),
+        *((lambda losses: Relative().measure(Relative().start(1), losses), "relative"),),
+        *((RelativeOfficial(), "relative_official"), (RelativeOfficial().clamped_share, "relative_official")),
+    ],
+)
+def test_a_missing_reference_is_said_in_words(measure, name):
+    with pytest.raises(ValueError, match=rf"^the loss measurement '{name}' needs reference losses$"):
+        measure(TaskLosses(tensor([1.0]), None, tensor([0]), 1))
 
 
 def test_absolute_says_that_it_needs_no_reference_and_the_others_do():
@@ -176,10 +219,27 @@ def test_absolute_says_that_it_needs_no_reference_and_the_others_do():
     assert all(getattr(kind, "needs_reference", True) for kind in (Relative, RelativeOfficial, Excess))
 
 
-@pytest.mark.parametrize("options", [{"floor": -1.0}, {"shrinkage": -0.1}, {"ema": 1.0}, {"floor": math.nan}])
-def test_options_out_of_range_are_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"floor": -1.0}, "floor and shrinkage must be >= 0 nats, got -1.0 and 0.0"),
+        ({"floor": math.nan}, "floor and shrinkage must be >= 0 nats, got nan and 0.0"),
+        ({"floor": 0.5, "shrinkage": -0.1}, "floor and shrinkage must be >= 0 nats, got 0.5 and -0.1"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+        ({"ema": -0.5}, r"ema must be in \[0, 1\), got -0.5"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, words):
+    with pytest.raises(ValueError, match=f"^{words}$"):
         Relative(**options)
+
+
+def test_the_threshold_of_the_official_measurement_may_be_zero_and_not_less():
+    losses = TaskLosses(tensor([2.0]), tensor([1e-9]), tensor([0]), 1)
+    assert RelativeOfficial(threshold=0.0)(losses).tolist() == [2.0]
+    for wrong in (-0.5, math.nan):
+        with pytest.raises(ValueError, match=f"^threshold must be >= 0, got {wrong}$"):
+            RelativeOfficial(threshold=wrong)
 
 
 def test_all_are_registered_with_their_options():

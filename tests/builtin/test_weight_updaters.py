@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_no_task_has_more_than_the_cap_where_that_can_be(values, cap):
 
 
 def test_a_cap_under_an_equal_share_is_refused_at_the_start():
-    with pytest.raises(ValueError, match="less than an equal share of 4 tasks"):
+    with pytest.raises(ValueError, match=r"^cap 0.2 is less than an equal share of 4 tasks; give at least that$"):
         ExponentiatedGradient(cap=0.2).start(uniform(4))
 
 
@@ -122,10 +123,8 @@ def test_groupdro_raises_small_tasks_by_its_adjustment():
         state = updater.step(state, tensor([1.0, 1.0]), progress=0.0)
     weights_G = updater.weights(state)
     assert (weights_G[0] / weights_G[1]).item() == pytest.approx(math.exp(2 * 0.5 * 0.1), rel=1e-5)
-    with pytest.raises(ValueError, match="start_with_sizes"):
+    with pytest.raises(ValueError, match="^size_adjustment needs the sizes of the tasks: call start_with_sizes$"):
         updater.start(tensor([0.5, 0.5]))
-    with pytest.raises(ValueError, match="size_adjustment must be >= 0"):
-        GroupDRO(size_adjustment=-1.0)
 
 
 def test_doremi_by_hand_starts_each_step_from_the_smoothed_weights():
@@ -223,15 +222,61 @@ def test_weights_that_are_no_distribution_are_refused():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("updater", "options", "words"),
     [
-        *({"learning_rate": 0.0}, {"max_grad_norm": -1.0}, {"normalize": "l1"}),
-        *({"smoothing": 1.0}, {"cap": 0.0}, {"schedule": "step"}),
+        (ExponentiatedGradient, {"learning_rate": 0.0}, "learning_rate and max_grad_norm must be > 0, got 0.0, 1.0"),
+        (ExponentiatedGradient, {"max_grad_norm": 0.0}, "learning_rate and max_grad_norm must be > 0, got 0.02, 0.0"),
+        (ExponentiatedGradient, {"learning_rate": math.nan}, "learning_rate and max_grad_norm must be > 0, got nan"),
+        (ExponentiatedGradient, {"normalize": "l1"}, "normalize must be clip, unit or none, got 'l1'"),
+        (ExponentiatedGradient, {"schedule": "step"}, "schedule must be constant, linear or cosine, got 'step'"),
+        *((ExponentiatedGradient, {"cap": cap}, f"cap must be in (0, 1], got {cap}") for cap in (0.0, -0.5, 1.5)),
+        *(
+            (updater, {"smoothing": smoothing}, f"smoothing must be in [0, 1), got {smoothing}")
+            for updater in (ExponentiatedGradient, DoReMi)
+            for smoothing in (1.0, -0.1, math.nan)
+        ),
+        (GroupDRO, {"step_size": 0.0}, "step_size must be > 0, got 0.0"),
+        (GroupDRO, {"size_adjustment": -1.0}, "size_adjustment must be >= 0, got -1.0"),
+        (DoReMi, {"learning_rate": 0.0}, "learning_rate must be > 0, got 0.0"),
+        *((ODM, {"memory": memory}, f"memory must be in [0, 1), got {memory}") for memory in (1.0, -0.1)),
     ],
 )
-def test_options_out_of_range_are_refused(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        ExponentiatedGradient(**options)
+def test_options_out_of_range_are_refused(updater, options, words):
+    with pytest.raises(ValueError, match="^" + re.escape(words)):
+        updater(**options)
+
+
+def test_options_at_the_end_of_their_range_work():
+    halves = tensor([0.5, 0.5])
+    # cap 1 and an equal share are both allowed; without memory the reward is the last one
+    assert ExponentiatedGradient(cap=1.0).gradient(tensor([0.3, 0.4])).tolist() == pytest.approx([0.3, 0.4])
+    assert stepped(ExponentiatedGradient(cap=0.5), halves, tensor([3.0, 4.0])).tolist() == pytest.approx([0.5, 0.5])
+    assert ODM(memory=0.0).step(ODM().start(halves), tensor([2.0, 3.0]), progress=0.0)["reward"].tolist() == [4, 6]
+
+
+def test_weights_may_sum_to_one_as_float32_does_and_no_further():
+    assert stepped(DoReMi(), tensor([0.50005, 0.5]), tensor([0.0, 0.0])).double().sum().item() == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"^weights must be > 0 and sum to 1, got \[0.5\d*, 0.5\]$"):
+        stepped(DoReMi(), tensor([0.5002, 0.5]), tensor([0.0, 0.0]))
+
+
+def test_a_weight_never_falls_so_low_that_it_could_not_return():
+    updater = ExponentiatedGradient(learning_rate=1000.0, normalize="none")
+    state = updater.step(updater.start(uniform(2)), tensor([1.0, 0.0]), progress=0.0)
+    assert updater.weights(state)[1].item() == pytest.approx(math.exp(-80), rel=1e-5)  # float32 ends at e^-103
+    again = updater.step(state, tensor([0.0, 0.2]), progress=0.0)
+    assert updater.weights(again)[1] > 0.999
+
+
+def test_the_cap_survives_shares_that_add_up_to_all_but_the_rounding():
+    # 1/3 each of the first three, which leaves nothing, in float64 a rounding error, for the fourth
+    capped_G = capped_share(tensor([2.0, 1.5, 1.0, 1e-200], dtype=torch.float64), 1 / 3)
+    assert (capped_G[:3] / capped_G[2]).tolist() == pytest.approx([1, 1, 1])
+    assert capped_G.norm().item() == pytest.approx(math.sqrt(7.25))
+
+
+def test_a_capped_measurement_keeps_its_signs():
+    assert capped_share(tensor([-100.0, 3.0, 4.0], dtype=torch.float64), 0.5)[0] < 0
 
 
 def test_all_are_registered_and_their_class_attributes_are_no_options():

@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import tensor
 
-from tdro_cli.learn.contrastive import candidate_mask, in_batch_infonce, infonce, per_query_infonce
+from tdro_cli.learn.contrastive import candidate_mask, cosine, in_batch_infonce, infonce, per_query_infonce
 
 
 def unit(*shape, seed=0, dtype=torch.float32):
@@ -115,12 +116,83 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature):
 
 
 def test_shapes_that_disagree_are_refused():
-    with pytest.raises(ValueError, match=r"queries \[B, D\]"):
-        per_query_infonce(unit(2, 4), unit(3, 2, 4), 0.1)
-    with pytest.raises(ValueError, match="mask"):
-        in_batch_infonce(unit(2, 4), unit(2, 2, 4), 0.1, mask_BN=torch.ones(2, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="one positive"):
+    for query_BD, passage_BND in [
+        *((unit(2, 4), unit(3, 2, 4)), (unit(2, 4), unit(2, 2, 5)), (unit(2, 4), unit(2, 4))),
+        *((unit(2, 3, 4), unit(2, 2, 3, 4)), (unit(2, 4), torch.empty(2, 0, 4))),
+    ]:
+        shapes = re.escape(f"got {list(query_BD.shape)} and {list(passage_BND.shape)}")
+        for loss in (per_query_infonce, in_batch_infonce):
+            with pytest.raises(ValueError, match=rf"queries \[B, D\] and passages \[B, N, D\] needed, {shapes}"):
+                loss(query_BD, passage_BND, 0.1)
+    for loss in (per_query_infonce, in_batch_infonce):
+        with pytest.raises(ValueError, match=r"mask \[2, 3\], but passages \[2, 2\]$"):
+            loss(unit(2, 4), unit(2, 2, 4), 0.1, mask_BN=torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_shapes_of_shared_candidates_that_disagree_are_refused():
+    positive_B = tensor([0, 1])
+    for query_BD, candidate_MD in [(unit(2, 4), unit(3, 5)), (unit(2, 4, 4), unit(3, 4)), (unit(2, 4), unit(3, 4, 4))]:
+        shapes = re.escape(f"got {list(query_BD.shape)} and {list(candidate_MD.shape)}")
+        with pytest.raises(ValueError, match=rf"queries \[B, D\] and candidates \[M, D\] needed, {shapes}"):
+            infonce(query_BD, candidate_MD, positive_B, 0.1)
+    with pytest.raises(ValueError, match=r"one positive for each of 2 queries needed, got \[1\]"):
         infonce(unit(2, 4), unit(3, 4), tensor([0]), 0.1)
+    with pytest.raises(ValueError, match=r"mask \[2, 4\], but 2 queries and 3 candidates"):
+        infonce(unit(2, 4), unit(3, 4), positive_B, 0.1, torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_a_batch_of_one_query_and_its_positive_alone_has_loss_zero():
+    for loss in (per_query_infonce, in_batch_infonce):
+        assert loss(tensor([[1.0, 0.0]]), tensor([[[0.0, 1.0]]]), 0.002).tolist() == [0.0]
+
+
+def test_padding_and_refused_candidates_are_left_out_together():
+    # two queries of two passages each: of the four candidates one is padding, and query 0 may not meet candidate 3
+    query_BD, passage_BND = unit(2, 8), unit(2, 2, 8, seed=1)
+    mask_BN, mask_BM = tensor([[True, False], [True, True]]), tensor([[True, True, True, False], [True] * 4])
+    loss_B = in_batch_infonce(query_BD, passage_BND, 0.1, mask_BN=mask_BN, mask_BM=mask_BM)
+    score_BM = (query_BD @ passage_BND.flatten(0, 1).T / 0.1).double().numpy()
+    expected = [reference_loss(score_BM[0, 0], score_BM[0, [2]]), reference_loss(score_BM[1, 2], score_BM[1, [0, 3]])]
+    assert loss_B.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), temperature=st.sampled_from([0.002, 0.02, 1.0]))
+def test_the_order_of_negatives_and_a_rotation_of_the_space_change_no_loss(seed, temperature):
+    query_BD, passage_BND = unit(4, 6, seed=seed), unit(4, 5, 6, seed=seed + 1)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q
+    order = [0, *(1 + np.random.default_rng(seed).permutation(4))]
+    for loss in (per_query_infonce, in_batch_infonce):
+        loss_B = loss(query_BD, passage_BND, temperature)
+        assert torch.allclose(loss(query_BD, passage_BND[:, order], temperature), loss_B, atol=1e-6)
+        turned = [(x.double() @ rotation).float() for x in (query_BD, passage_BND)]
+        assert torch.allclose(loss(*turned, temperature), loss_B, rtol=1e-4, atol=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), temperature=st.sampled_from([0.002, 0.02, 1.0]))
+def test_another_negative_never_lowers_a_loss_and_in_batch_is_never_below_per_query(seed, temperature):
+    query_BD, passage_BND = unit(4, 6, seed=seed), unit(4, 5, 6, seed=seed + 1)
+    for loss in (per_query_infonce, in_batch_infonce):
+        fewer_B = loss(query_BD, passage_BND[:, :4], temperature)
+        assert (loss(query_BD, passage_BND, temperature) >= fewer_B * (1 - 1e-5)).all()
+    own_B, all_B = (loss(query_BD, passage_BND, temperature) for loss in (per_query_infonce, in_batch_infonce))
+    assert (all_B >= own_B * (1 - 1e-5)).all() and (own_B >= 0).all()
+
+
+def test_cosine_is_that_of_embeddings_of_any_length():
+    # (3, 4) and (5, 12): 63 / 65; orthogonal: 0; opposite: -1
+    query_BD, candidate_MD = tensor([[3.0, 4.0], [1.0, 0.0]]), tensor([[5.0, 12.0], [0.0, 2.0], [-7.0, 0.0]])
+    expected = pytest.approx([63 / 65, 0.8, -0.6, 5 / 13, 0.0, -1.0], abs=1e-6)
+    assert cosine(query_BD, candidate_MD).flatten().tolist() == expected
+    assert cosine(query_BD * 1e3, candidate_MD / 1e3).flatten().tolist() == expected
+
+
+def test_cosine_is_float32_even_under_autocast():
+    query_BD, candidate_MD = unit(4, 16, dtype=torch.bfloat16), unit(5, 16, seed=1, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        score_BM = cosine(query_BD, candidate_MD)
+    assert score_BM.dtype == torch.float32 and torch.equal(score_BM, cosine(query_BD.float(), candidate_MD.float()))
 
 
 def test_known_positives_are_masked_by_text_and_by_query_text():
@@ -150,3 +222,8 @@ def test_without_in_batch_negatives_only_own_passages_are_met():
     own_B = in_batch_infonce(query_BD, passage_BND, 0.1, mask_BM=candidate_mask(**ids, in_batch=False))
     assert torch.allclose(own_B, per_query_infonce(query_BD, passage_BND, 0.1))
     assert candidate_mask(**ids, row_B=tensor([1])).tolist() == [[True, True, False, True]]
+
+
+def test_the_text_numbered_zero_is_a_text_like_any_other():
+    allowed_BM = candidate_mask(tensor([0, 1]), tensor([[0], [1]]), tensor([0, 2, 1, 0]), tensor([0, 0, 1, 1]))
+    assert allowed_BM.tolist() == [[False, True, True, False], [True, True, False, True]]

@@ -1,5 +1,6 @@
 import io
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import tensor
 
 from tdro_cli.builtin.loss_measurements import Absolute, Excess, Relative, RelativeOfficial
-from tdro_cli.builtin.weight_updaters import ODM, DoReMi, ExponentiatedGradient
+from tdro_cli.builtin.weight_updaters import ODM, DoReMi, ExponentiatedGradient, GroupDRO
 from tdro_cli.learn.dro import (
     WeightAverages,
     WeightState,
@@ -21,6 +22,7 @@ from tdro_cli.learn.dro import (
     learned_weights,
     query_weights,
     replay,
+    require_finite,
     robust_loss,
     squared_norm_share,
     standard_error,
@@ -88,6 +90,18 @@ def test_robust_loss_equals_a_float64_loop(rows, seed):
     assert got == pytest.approx(above / below, rel=1e-5, abs=1e-6)
 
 
+@given(rows=losses_of, seed=st.integers(0, 99), scale=st.floats(1e-3, 1e3))
+def test_robust_loss_knows_neither_the_scale_of_the_weights_nor_the_numbers_of_the_tasks(rows, seed, scale):
+    loss_B, task_B = tensor([loss for loss, _ in rows]), tensor([task for _, task in rows])
+    generator = torch.Generator().manual_seed(seed)
+    weights_G, number_G = torch.rand(4, generator=generator) + 0.01, torch.randperm(4, generator=generator)
+    expected = pytest.approx(robust_loss(loss_B, task_B, weights_G).item(), rel=1e-5, abs=1e-6)
+    assert robust_loss(loss_B, task_B, weights_G * scale).item() == expected
+    assert robust_loss(loss_B, number_G[task_B], torch.empty(4).index_copy(0, number_G, weights_G)).item() == expected
+    absent_G = torch.ones(4).index_fill(0, task_B, 0).bool()  # what nobody in the batch has, counts for nothing
+    assert robust_loss(loss_B, task_B, weights_G.masked_fill(absent_G, 77.0)).item() == expected
+
+
 # ---- clipping, absent tasks, shapes of weights ----
 
 
@@ -129,9 +143,9 @@ def test_a_present_task_that_measures_zero_keeps_its_zero():
 
 
 def test_an_empty_batch_and_an_unknown_policy_are_refused():
-    with pytest.raises(ValueError, match="without queries"):
+    with pytest.raises(ValueError, match=r"^a batch without queries has no measurement$"):
         fill_absent(torch.zeros(2), torch.zeros(2), None, "last")
-    with pytest.raises(ValueError, match="absent_tasks must be"):
+    with pytest.raises(ValueError, match=r"^absent_tasks must be 'last' or 'zero', got 'mean'$"):
         fill_absent(torch.zeros(2), torch.ones(2), None, "mean")
 
 
@@ -139,6 +153,7 @@ def test_effective_tasks():
     assert effective_tasks(uniform(20)) == pytest.approx(20)
     assert effective_tasks(tensor([1.0, 0.0, 0.0])) == pytest.approx(1)
     assert effective_tasks(tensor([0.5, 0.25, 0.25])) == pytest.approx(2**1.5)
+    assert effective_tasks(tensor([2.0, 1.0, 1.0])) == pytest.approx(2**1.5)
 
 
 def test_averages_by_hand():
@@ -260,7 +275,104 @@ def test_a_measurement_that_is_not_finite_stops_the_update():
         update_weights(start_weights(Absolute(), updater, uniform(3)), Absolute(), updater, losses, progress=0.0)
 
 
+def test_what_is_not_finite_is_listed_with_its_value():
+    with pytest.raises(
+        ValueError, match=r"^the measurement is not finite for task number 1 \(nan\), 3 \(-inf\), count"
+    ):
+        require_finite(tensor([1.0, math.nan, 2.0, -math.inf]))
+    assert require_finite(tensor([1.0, 0.0])).tolist() == [1.0, 0.0]
+
+
+# ---- what an update hands to plugins ----
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Raises the tasks whose gradient agrees with the others': log α ← log α + products with all tasks."""
+
+    def start(self, weights_G):
+        return weights_G.log()
+
+    def step_with_gradients(self, state, measurement_G, product_GG, *, progress):
+        return state + (1 - progress) * (measurement_G + product_GG.sum(1))
+
+    def weights(self, state):
+        return state.softmax(0)
+
+
+def test_an_updater_that_reads_gradients_is_given_them_with_the_measurement_and_the_progress():
+    losses = TaskLosses(tensor([1.0, 2.0]), None, tensor([0, 1]), 2)
+    state = start_weights(Absolute(), Agreement(), uniform(2))
+    products_GG = tensor([[3.0, -1.0], [-1.0, 4.0]])
+    after, _ = update_weights(state, Absolute(), Agreement(), losses, progress=0.5, product_GG=products_GG)
+    # half of (1 + 2, 2 + 3): log ratio 1
+    assert (after.updater[1] - after.updater[0]).item() == pytest.approx(1.0)
+    with pytest.raises(ValueError, match=r"^an updater that reads gradients was given none$"):
+        update_weights(state, Absolute(), Agreement(), losses, progress=0.5)
+
+
+def test_an_updater_that_asks_for_sizes_is_given_them_and_another_does_not_mind():
+    sizes_G = tensor([100, 400])
+    assert start_weights(Absolute(), GroupDRO(size_adjustment=2.0), uniform(2), sizes_G).updater[
+        "adjustment"
+    ].tolist() == pytest.approx([0.2, 0.1])
+    one, other = (start_weights(Absolute(), DoReMi(), uniform(2), sizes) for sizes in (None, sizes_G))
+    assert torch.equal(one.updater["log_weights"], other.updater["log_weights"])
+    batch = TaskLosses(tensor([1.0, 1.0]), None, tensor([0, 1]), 2)
+    weights_SG = replay([batch], Absolute(), GroupDRO(1.0, 2.0), uniform(2), sizes_G=sizes_G).weights_SG
+    assert (weights_SG[1, 0] / weights_SG[1, 1]).item() == pytest.approx(math.exp(0.1))
+
+
+def test_replay_takes_the_progress_from_the_steps_that_were_planned():
+    batch = TaskLosses(tensor([0.0, 1.0]), None, tensor([0, 1]), 2)
+    updater = ExponentiatedGradient(learning_rate=1.0, normalize="none", schedule="linear")
+
+    def log_ratios(**options):
+        weights_SG = replay([batch, batch], Absolute(), updater, uniform(2), **options).weights_SG
+        return (weights_SG[:, 1] / weights_SG[:, 0]).log().tolist()
+
+    assert log_ratios() == pytest.approx([0, 1, 1.5], abs=1e-5)  # rates 1 and 1/2
+    assert log_ratios(steps=4) == pytest.approx([0, 1, 1.75], abs=1e-5)  # rates 1 and 3/4, of 4
+
+
+def test_replay_of_no_steps_is_the_start():
+    result = replay([], Absolute(), DoReMi(), tensor([0.75, 0.25]))
+    assert result.weights_SG.tolist() == [[0.75, 0.25]] and result.measurement_SG.shape == (0, 2)
+    assert learned_weights(DoReMi(), result.state).tolist() == [0.75, 0.25]
+
+
+def test_replay_keeps_what_the_updater_saw():
+    steps = [TaskLosses(tensor([1.0, 3.0]), None, tensor([0, 1]), 2), TaskLosses(tensor([5.0]), None, tensor([0]), 2)]
+    assert replay(steps, Absolute(), DoReMi(), uniform(2)).measurement_SG.tolist() == [[1, 3], [5, 3]]
+    zero = replay(steps, Absolute(), DoReMi(), uniform(2), absent_tasks="zero")
+    assert zero.measurement_SG.tolist() == [[1, 3], [5, 0]]
+
+
 # ---- standard error ----
+
+
+def test_standard_error_of_two_queries_and_of_ten_folds_of_two_by_hand():
+    pair = TaskLosses(tensor([1.0, 4.0]), None, tensor([0, 0]), 1)
+    assert standard_error(Absolute(), pair).tolist() == pytest.approx([1.5])  # std √4.5 over √2
+    # query i goes to fold i mod 10; leaving out one fold of a mean of ten equals the spread of the folds' means
+    value_B = torch.arange(20.0) ** 2
+    fold_means = value_B.reshape(2, 10).mean(0).numpy()
+    losses = TaskLosses(value_B, None, torch.zeros(20, dtype=torch.int64), 1)
+    expected = np.std(fold_means, ddof=1) / np.sqrt(10)
+    assert standard_error(Absolute(), losses).tolist() == pytest.approx([expected], rel=1e-5)
+
+
+def test_standard_error_keeps_the_micro_batches():
+    proxy_B, reference_B, split_B = torch.linspace(1, 2, 12), torch.linspace(2, 1, 12) ** 2, tensor([0, 0, 1, 1] * 3)
+    task_B = torch.zeros(12, dtype=torch.int64)
+    whole, parts = (TaskLosses(proxy_B, reference_B, task_B, 1, split) for split in (None, split_B))
+    one, other = (standard_error(RelativeOfficial(), losses) for losses in (whole, parts))
+    assert not torch.allclose(one, other, rtol=1e-3)
+
+
+def test_standard_error_without_queries_is_unknown():
+    nothing = TaskLosses(torch.empty(0), None, torch.empty(0, dtype=torch.int64), 2)
+    assert standard_error(Absolute(), nothing).isnan().all()
 
 
 def test_standard_error_of_a_mean_is_the_textbook_one():
