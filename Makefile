@@ -5,7 +5,7 @@ QUICKSTART := recipes/quickstart.yaml
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: install quickstart test test-slow test-plugins check coverage bench docs clean help
+.PHONY: install quickstart test test-slow test-plugins check coverage mutants bench docs clean help
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -47,6 +47,12 @@ coverage: install  ## the share of lines that the default tests run, with the pr
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --skip-covered --sort=cover
 
+# one process a mutant, forked from one that has imported torch and collected the tests
+mutants: install  ## change the modules of the method in every small way and see that their tests notice: 20 minutes of CPU
+	rm -rf mutants
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 bench: install  ## side-by-side speed measurements, each printing a ratio
 	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
@@ -56,4 +62,4 @@ docs: install  ## regenerate what is generated under docs/
 	$(BIN)/python -m tdro_cli.report.figures > docs/method.svg
 
 clean:  ## remove what the other targets made, except .venv
-	rm -rf runs sample build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage*
+	rm -rf runs sample build dist .pytest_cache .ruff_cache .mypy_cache mutants .hypothesis .coverage*

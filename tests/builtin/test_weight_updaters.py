@@ -123,7 +123,7 @@ def test_groupdro_raises_small_tasks_by_its_adjustment():
         state = updater.step(state, tensor([1.0, 1.0]), progress=0.0)
     weights_G = updater.weights(state)
     assert (weights_G[0] / weights_G[1]).item() == pytest.approx(math.exp(2 * 0.5 * 0.1), rel=1e-5)
-    with pytest.raises(ValueError, match="^size_adjustment needs the sizes of the tasks: call start_with_sizes$"):
+    with pytest.raises(ValueError, match=r"^size_adjustment needs the sizes of the tasks: call start_with_sizes$"):
         updater.start(tensor([0.5, 0.5]))
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -73,9 +74,63 @@ def test_a_task_of_a_quarter_has_one_homogeneous_batch_of_four():
 @settings(max_examples=150, deadline=None)
 @given(plans(), st.integers(0, 60))
 def test_stratified_shares_are_within_one_batch_after_any_step(drawn, step):
-    drawn = dataclasses.replace(drawn, draws="stratified")
+    drawn = dataclasses.replace(drawn, draws="stratified", composition="homogeneous")
+    due = np.array(drawn.probabilities) * step
+    some = np.count_nonzero(drawn.probabilities)
+    # 1 - 1 / (2n - 2): no schedule of n tasks does better for all shares (Tijdeman)
+    assert (
+        np.abs(drawn_before(drawn, step) / drawn.queries - due).max()
+        <= (1 - 0.5 / (some - 1) if some > 1 else 0) + 1e-6
+    )
+
+
+def awkward_shares():
+    """500 tasks whose shares span many orders; one of nearly all, one of nearly nothing; zeros between; thirds."""
+    rng = np.random.default_rng(3)
+    weights = rng.random(500) ** 8
+    weights[::7] = 0.0
+    yield weights / weights.sum()
+    yield rng.dirichlet([0.01] * 500)
+    yield np.array([0.0, 1 - 1e-9, 0.0, 1e-9])
+    yield np.array([1e-300, 0.5, 0.0, 0.5])
+    yield np.array([1 / 3, 1 / 3, 1 / 3])
+    yield np.full(500, 1 / 500)
+    yield np.array([0.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_awkward_shares_are_within_one_homogeneous_batch_after_every_step(number):
+    share_G = list(awkward_shares())[number]
+    schedule = task_schedule(plan((9,) * len(share_G), tuple(share_G.tolist())), 3000)
+    had_SG = np.cumsum(schedule[:, None] == np.arange(len(share_G)), axis=0)
+    due_SG = np.arange(1, 3001)[:, None] * share_G
+    assert np.abs(had_SG - due_SG).max() < 1
+    assert not had_SG[-1, share_G == 0].any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(plans(), st.integers(0, 200))
+def test_equal_tasks_of_mixed_batches_are_within_one_query_after_any_step(drawn, step):
+    tasks = len(drawn.sizes)
+    drawn = dataclasses.replace(drawn, probabilities=(1 / tasks,) * tasks, draws="stratified", composition="mixed")
+    before = drawn_before(drawn, step)
+    assert before.sum() == step * drawn.queries
+    assert np.abs(before * tasks - step * drawn.queries).max() < tasks
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans(), st.integers(0, 60))
+def test_unequal_tasks_of_mixed_batches_are_within_three_queries_in_the_first_steps(drawn, step):
+    drawn = dataclasses.replace(drawn, draws="stratified", composition="mixed")
     due = np.array(drawn.probabilities) * step * drawn.queries
-    assert np.abs(drawn_before(drawn, step) - due).max() <= drawn.queries * (1 + 1e-9)
+    # N times the discrepancy of the golden sequence over all intervals is 2.50 at most for N <= 60, 6.2 for a million
+    assert np.abs(drawn_before(drawn, step) - due).max() <= 2.51
+
+
+def test_a_share_of_next_to_nothing_waits_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert task_schedule(plan((9, 9), (1.0, 1e-310)), 100).tolist() == [0] * 100
 
 
 @settings(max_examples=150, deadline=None)
@@ -123,20 +178,28 @@ def test_independent_draws_vary_about_their_expectation():
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "words"),
     [
-        {"sizes": (5,)},
-        {"sizes": (), "probabilities": ()},
-        {"queries": 0},
-        {"probabilities": (0.5, 0.4)},
-        {"probabilities": (1.5, -0.5)},
-        {"sizes": (5, 0)},
-        {"probabilities": (float("nan"), 0.5)},
+        ({"sizes": (5,)}, "1 sizes for 2 probabilities"),
+        ({"sizes": (), "probabilities": ()}, "0 sizes for 0 probabilities"),
+        *(
+            (fault, "a batch needs queries >= 1 and probabilities >= 0 that sum to 1")
+            for fault in [
+                *({"queries": 0}, {"probabilities": (0.5, 0.4)}, {"probabilities": (0.5, 0.500002)}),
+                *({"probabilities": (1.5, -0.5)}, {"probabilities": (float("nan"), 0.5)}),
+            ]
+        ),
+        ({"sizes": (5, 0)}, "task 1 has no rows but the probability 0.5"),
     ],
 )
-def test_an_impossible_plan_is_refused(fault):
-    with pytest.raises(ValueError):
+def test_an_impossible_plan_is_refused(fault, words):
+    with pytest.raises(ValueError, match=f"^{words}$"):
         plan(**fault)
+
+
+def test_probabilities_may_sum_to_one_as_published_weights_do():
+    assert len(batch_at(plan(probabilities=(0.5, 0.5000009)), 0)) == 4
+    assert task_counts(plan(probabilities=(0.0, 1.0), sizes=(0, 3), composition="mixed"), 5).tolist() == [0, 4]
 
 
 # ---- rows ----
@@ -329,11 +392,39 @@ def test_rows_chosen_together_are_those_chosen_one_by_one():
         assert alone[0][0] == positive_B[i] and alone[1][0].tolist() == negatives[i].tolist()
 
 
-def test_batches_stay_what_they_were_so_that_a_run_can_go_on_in_a_newer_version():
-    batch = batch_at(plan((40, 30, 7), (0.5, 0.3, 0.2), 5, composition="mixed", seed=1), 100)
-    assert batch.task_B.tolist() == [2, 0, 0, 1, 0]
-    assert batch.row_B.tolist() == [1, 13, 38, 17, 3]
-    assert batch.visit_B.tolist() == [14, 6, 6, 5, 6]
+# a run that began in an older version must find its batches in a newer one
+
+
+@pytest.mark.parametrize(
+    ("composition", "draws", "task_B", "row_B", "visit_B"),
+    [
+        ("mixed", "stratified", [2, 0, 0, 1, 0], [1, 13, 38, 17, 3], [14, 6, 6, 5, 6]),
+        ("mixed", "independent", [1, 0, 0, 0, 0], [1, 13, 38, 39, 3], [4, 6, 6, 6, 6]),
+        ("homogeneous", "stratified", [0] * 5, [34, 39, 13, 14, 38], [6] * 5),
+        ("homogeneous", "independent", [0] * 5, [4, 26, 32, 1, 3], [5] * 5),
+    ],
+)
+def test_batches_stay_what_they_were(composition, draws, task_B, row_B, visit_B):
+    batch = batch_at(plan((40, 30, 7), (0.5, 0.3, 0.2), 5, composition=composition, draws=draws, seed=1), 100)
+    assert batch.task_B.tolist() == task_B
+    assert batch.row_B.tolist() == row_B
+    assert batch.visit_B.tolist() == visit_B
+
+
+def test_schedules_stay_what_they_were():
+    def first(draws):
+        return task_schedule(plan((40, 30, 7), (0.5, 0.3, 0.2), 5, draws=draws, seed=1), 16).tolist()
+
+    assert first("stratified") == [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1, 0, 2, 0, 1]
+    assert first("independent") == [2, 1, 1, 0, 0, 1, 2, 2, 2, 0, 0, 0, 0, 2, 1, 0]
+
+
+def test_chosen_passages_stay_what_they_were():
+    counts = {"positives_B": np.array([1, 3, 4]), "negatives_B": np.array([5, 9, 2])}
+    rows = (np.array([0, 1, 1]), np.array([3, 0, 2]), np.array([0, 4, 9]))
+    positive_B, negatives = choose_passages(plan(), *rows, **counts, wanted=4)
+    assert positive_B.tolist() == [0, 0, 3]
+    assert [found.tolist() for found in negatives] == [[0, 1, 3, 4], [5, 0, 2, 8], [0, 1]]
 
 
 @pytest.mark.parametrize("draws", ["stratified", "independent"])
