@@ -57,13 +57,13 @@ def clip_by_l2_norm(measurement_G: Tensor, max_norm: float) -> Tensor:
     return (measurement_G.double() * (max_norm / (norm + 1e-6)).clamp(max=1.0)).to(measurement_G.dtype)
 
 
-def require_finite(measurement_G: Tensor) -> Tensor:
-    """The measurement itself. Raises ValueError that gives the tasks whose value isn't finite, numbered from 0."""
-    bad = (~measurement_G.isfinite()).nonzero().flatten().tolist()
+def require_finite(value_G: Tensor, what: str = "measurement") -> Tensor:
+    """The values themselves. Raises ValueError that gives the tasks whose value isn't finite, numbered from 0."""
+    bad = (~value_G.isfinite()).nonzero().flatten().tolist()
     if bad:
-        listing = ", ".join(f"{number} ({measurement_G[number]:g})" for number in bad)
-        raise ValueError(f"the measurement is not finite for task number {listing}, counted from 0")
-    return measurement_G
+        listing = ", ".join(f"{number} ({value_G[number]:g})" for number in bad)
+        raise ValueError(f"the {what} is not finite for task number {listing}, counted from 0")
+    return value_G
 
 
 def squared_norm_share(measurement_G: Tensor) -> Tensor:
@@ -198,8 +198,11 @@ def update_weights(
 
     Measures, fills in absent tasks, updates, averages. Does not change `state`. An updater with `samples = True` (a
     bandit) is always given 0 for an absent task: what it did not draw taught it nothing. `product_GG`: what a
-    GradientUpdater reads. Raises ValueError for a measurement that isn't finite, naming the tasks by number.
+    GradientUpdater reads. Raises ValueError for a loss or a measurement that isn't finite, naming the tasks by number.
     """
+    for model, loss_B in (("proxy", losses.proxy), ("reference", losses.reference)):
+        if loss_B is not None:  # a measurement may hide it: a loss over an infinite one is 0
+            require_finite(losses.mean_by_task(loss_B), f"{model} loss")
     if isinstance(measurement, StatefulMeasurement):
         measurement_state, measured_G = measurement.measure(state.measurement, losses)
     else:

@@ -351,9 +351,9 @@ def test_replay_keeps_what_the_updater_saw():
 # ---- standard error ----
 
 
-def test_standard_error_of_two_queries_and_of_ten_folds_of_two_by_hand():
-    pair = TaskLosses(tensor([1.0, 4.0]), None, tensor([0, 0]), 1)
-    assert standard_error(Absolute(), pair).tolist() == pytest.approx([1.5])  # std √4.5 over √2
+def test_standard_error_of_two_queries_a_task_and_of_ten_folds_of_two_by_hand():
+    pairs = TaskLosses(tensor([1.0, 4.0, 5.0, 7.0]), None, tensor([0, 1, 0, 1]), 2)
+    assert standard_error(Absolute(), pairs).tolist() == pytest.approx([2.0, 1.5])  # std √8 and √4.5, over √2
     # query i goes to fold i mod 10; leaving out one fold of a mean of ten equals the spread of the folds' means
     value_B = torch.arange(20.0) ** 2
     fold_means = value_B.reshape(2, 10).mean(0).numpy()
