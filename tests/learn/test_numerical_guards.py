@@ -77,10 +77,12 @@ def test_a_ratio_beyond_float32_is_its_largest_number_and_in_the_releases_way_is
 @pytest.mark.parametrize("model", ["proxy", "reference"])
 @pytest.mark.parametrize("measurement", MEASUREMENTS)
 def test_a_loss_that_is_not_finite_is_refused_and_the_state_stays(measurement, model, bad):
-    measure, update = registry.resolve("loss_measurements", measurement), registry.resolve("weight_updaters", "groupdro")
+    measure = registry.resolve("loss_measurements", measurement)
+    update = registry.resolve("weight_updaters", "groupdro")
     state = start_weights(measure, update, torch.full((2,), 0.5))
     wrong = {"proxy": [1.0, 1.0], "reference": [1.0, 1.0]} | {model: [1.0, bad]}
-    with pytest.raises(ValueError, match=rf"^the {model} loss is not finite for task number 1 \({bad}\), counted from 0$"):
+    words = rf"^the {model} loss is not finite for task number 1 \({bad}\), counted from 0$"
+    with pytest.raises(ValueError, match=words):
         update_weights(state, measure, update, losses(**wrong, task=[0, 1], num_tasks=2), progress=0.0)
     assert update.weights(state.updater).tolist() == [0.5, 0.5]
 
