@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tdro_cli.data.batching import Batch, BatchPlan, choose_passages
-from tdro_cli.data.formats import passage_text
+from tdro_cli.data.formats import Example, passage_text
 from tdro_cli.data.tasks import TaskStore
 from tdro_cli.data.tokenization import TextTokenizer
 
@@ -66,57 +67,52 @@ def collate(
     *,
     hard_negatives: int,
 ) -> TokenBatch:
-    """Reads and tokenizes the rows of `part` of the batch."""
+    """Reads and tokenizes the rows of `part` of the batch, all tasks together: many tasks cost what few do."""
     task_B, row_B, visit_B = batch.task_B[part], batch.row_B[part], batch.visit_B[part]
-    queries: list[list[int]] = [[]] * len(task_B)
-    passages: list[list[list[int]]] = [[]] * len(task_B)
-    query_texts: list[str] = [""] * len(task_B)
-    passage_texts: list[list[str]] = [[]] * len(task_B)
-    query_id_B = np.zeros(len(task_B), dtype=np.int64)
-    passage_ids: list[list[int]] = [[]] * len(task_B)
-    positive_ids: list[list[int]] = [[]] * len(task_B)
-    file_row_B = np.zeros(len(task_B), dtype=np.int64)
-    for number in np.unique(task_B):
-        task, where = tasks[number], np.flatnonzero(task_B == number)
-        file_row_B[where] = task.rows[row_B[where]]
-        examples = task.store.examples(file_row_B[where])
-        positive_W, negatives_W = choose_passages(
-            plan,
-            task_B[where],
-            row_B[where],
-            visit_B[where],
-            positives_B=np.array([len(example.positives) for example in examples]),
-            negatives_B=np.array([len(example.negatives) for example in examples]),
-            wanted=hard_negatives,
-        )
-        texts: list[str] = []
-        for place, example, positive, negatives in zip(where, examples, positive_W, negatives_W, strict=True):
-            words = [passage_text(example.positives[positive])]
-            words += [passage_text(example.negatives[i]) for i in negatives]
-            texts += words
-            query_texts[place], passage_texts[place] = example.query, words
-            query_id_B[place] = text_id(example.query)
-            passage_ids[place] = [text_id(text) for text in words]
-            positive_ids[place] = [text_id(passage_text(passage)) for passage in example.positives]
-        for place, tokens in zip(where, tokenizer.queries([e.query for e in examples], task.prompt), strict=True):
-            queries[place] = tokens
-        encoded = iter(tokenizer.passages(texts, task.prompt if task.symmetric else ""))
-        for place in where:
-            passages[place] = [next(encoded) for _ in passage_ids[place]]
-    count_B = np.array([len(own) for own in passages], dtype=np.int64)
+    file_row_B, examples = _read(tasks, task_B, row_B)
+    positive_B, negatives_B = choose_passages(
+        plan,
+        task_B,
+        row_B,
+        visit_B,
+        positives_B=np.array([len(example.positives) for example in examples], dtype=np.int64),
+        negatives_B=np.array([len(example.negatives) for example in examples], dtype=np.int64),
+        wanted=hard_negatives,
+    )
+    chosen = [
+        [example.positives[positive], *(example.negatives[i] for i in negatives)]
+        for example, positive, negatives in zip(examples, positive_B, negatives_B, strict=True)
+    ]
+    count_B = np.array([len(own) for own in chosen], dtype=np.int64)
+    query_texts = [example.query for example in examples]
+    passage_texts = [passage_text(passage) for own in chosen for passage in own]
+    prompts = [tasks[number].prompt for number in task_B]
+    alike = [tasks[number].prompt if tasks[number].symmetric else "" for number in np.repeat(task_B, count_B)]
     return TokenBatch(
-        queries=queries,
-        passages=[tokens for own in passages for tokens in own],
+        queries=tokenizer.queries(query_texts, prompts),
+        passages=tokenizer.passages(passage_texts, alike),
         task_B=task_B,
         row_B=file_row_B,
         first_B=np.cumsum(count_B) - count_B,
         count_B=count_B,
-        query_id_B=query_id_B,
-        passage_id_M=np.array([i for own in passage_ids for i in own], dtype=np.int64),
-        positive_ids_BP=_rectangle(positive_ids),
+        query_id_B=np.array([text_id(text) for text in query_texts], dtype=np.int64),
+        passage_id_M=np.array([text_id(text) for text in passage_texts], dtype=np.int64),
+        positive_ids_BP=_rectangle([[text_id(passage_text(p)) for p in example.positives] for example in examples]),
         query_texts=query_texts,
-        passage_texts=[text for own in passage_texts for text in own],
+        passage_texts=passage_texts,
     )
+
+
+def _read(tasks: Sequence[TrainingTask], task_B: np.ndarray, row_B: np.ndarray) -> tuple[np.ndarray, list[Example]]:
+    """The rows in their files, and what stands there."""
+    file_row_B = np.zeros(len(task_B), dtype=np.int64)
+    examples: list[Any] = [None] * len(task_B)
+    for number in np.unique(task_B):
+        where = np.flatnonzero(task_B == number)
+        file_row_B[where] = tasks[number].rows[row_B[where]]
+        for place, example in zip(where, tasks[number].store.examples(file_row_B[where]), strict=True):
+            examples[place] = example
+    return file_row_B, examples
 
 
 def text_id(text: str) -> int:

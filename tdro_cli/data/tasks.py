@@ -407,8 +407,12 @@ def _extra_json(extra: Any) -> str | None:
 def _example(row: dict[str, Any]) -> Example:
     passages = [_passage(passage) for passage in row["passages"]]
     positives, negatives = passages[: row["num_positives"]], passages[row["num_positives"] :]
-    return Example(row["query_id"], row["query"], tuple(positives), tuple(negatives), json.loads(row["extra"] or "{}"))
+    return Example(row["query_id"], row["query"], tuple(positives), tuple(negatives), _extra(row))
 
 
 def _passage(row: dict[str, Any]) -> Passage:
-    return Passage(row["docid"], row["title"], row["text"], json.loads(row["extra"] or "{}"))
+    return Passage(row["docid"], row["title"], row["text"], _extra(row))
+
+
+def _extra(row: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(row["extra"]) if row["extra"] else {}

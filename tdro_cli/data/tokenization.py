@@ -37,19 +37,23 @@ class TextTokenizer:
             if self._room(limit) < 1:
                 raise ValueError(f"{name} {limit} leaves no room beside {limit - self._room(limit)} special tokens")
 
-    def queries(self, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
-        """Token ids, at most `query_length` a text. Raises ValueError if the prompt alone fills that length."""
+    def queries(self, texts: Sequence[str], prompt: str | Sequence[str] = "") -> list[list[int]]:
+        """Token ids, at most `query_length` a text. `prompt`: of all texts, or of each.
+
+        Raises ValueError if a prompt alone fills that length.
+        """
         return self._encode(texts, prompt, self.contract.query_length)
 
-    def passages(self, texts: Sequence[str], prompt: str = "") -> list[list[int]]:
+    def passages(self, texts: Sequence[str], prompt: str | Sequence[str] = "") -> list[list[int]]:
         """Token ids, at most `passage_length` a text. A prompt is for tasks whose two sides are alike."""
         return self._encode(texts, prompt, self.contract.passage_length)
 
-    def _encode(self, texts: Sequence[str], prompt: str, limit: int) -> list[list[int]]:
-        head, room = self.contract.head(prompt), self._room(limit)
-        if head:
+    def _encode(self, texts: Sequence[str], prompt: str | Sequence[str], limit: int) -> list[list[int]]:
+        prompts, room = [prompt] * len(texts) if isinstance(prompt, str) else prompt, self._room(limit)
+        heads = {one: self.contract.head(one) for one in dict.fromkeys(prompts)}
+        for head in filter(None, heads.values()):
             self._check_head(head, limit)
-        bodies = self._plain([head + text for text in texts])
+        bodies = self._plain([heads[own] + text for own, text in zip(prompts, texts, strict=True)])
         # a model can't read nothing: an empty text without special tokens is one padding token
         return [self.prefix_ids + body[:room] + self.suffix_ids or [self.pad_id] for body in bodies]
 
