@@ -6,6 +6,7 @@ of all texts, H heads, K heads of keys and values, D size of a head.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -90,14 +91,21 @@ def _flash(
     scaling: float | None,
     window: tuple[int, int],
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+    try:
+        from torch.nn.attention.varlen import varlen_attn
 
-    grouped = query.shape[1] != key.shape[1]
+        takes = set(inspect.signature(varlen_attn).parameters)
+    except ImportError:  # before torch 2.10
+        takes = set()
+    if not {"scale", "window_size"} <= takes:
+        raise TdroError(f"attention {NAME} needs a newer torch than {torch.__version__}", remedy="use attention: sdpa")
+    options: dict[str, Any] = {"scale": scaling, "window_size": window}
+    if "enable_gqa" in takes:
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    else:  # torch 2.11: the kernel wants as many heads of keys and values as of queries
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
     return varlen_attn(  # type: ignore[return-value]  # a tuple only where its return_aux is given
-        *(query.contiguous(), key.contiguous(), value.contiguous(), starts, starts, longest, longest),
-        scale=scaling,
-        window_size=window,
-        enable_gqa=grouped,
+        *(query.contiguous(), key.contiguous(), value.contiguous(), starts, starts, longest, longest), **options
     )
 
 

@@ -1,12 +1,17 @@
 """`attention: varlen` gives what sdpa gives on padded batches; here by its loop, on a GPU by torch's kernel."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
 from tdro_cli.builtin.backbones import Auto
 from tdro_cli.data.tokenization import TextTokenizer
 from tdro_cli.errors import TdroError
-from tdro_cli.model.encoder import EncoderContract, TextEncoder, add_lora, pool, pool_unpadded
+from tdro_cli.model import varlen
+from tdro_cli.model.contract import EncoderContract
+from tdro_cli.model.encoder import TextEncoder, add_lora, pool, pool_unpadded
 from tdro_cli.model.packing import encode_token_lists, pad_batch
 
 
@@ -36,6 +41,30 @@ def test_varlen_gives_the_embeddings_and_gradients_of_sdpa(family, pooling, tiny
     assert (padded(*batch) - unpadded(*batch)).abs().max() < 1e-5
     expected, found = gradient(padded, batch), gradient(unpadded, batch)
     assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+WINDOWS = {
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
+}
+
+
+@pytest.mark.parametrize("windowed", WINDOWS)
+def test_a_sliding_window_is_that_of_eager_attention_on_a_text_alone(windowed, tiny, texts, tmp_path):
+    narrow = tmp_path / "narrow"
+    shutil.copytree(tiny(windowed), narrow)
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps(config | WINDOWS[windowed]))
+    padded, unpadded, _, pad_id = encoders(narrow, texts)
+    token_lists = [[5 + (i * length) % 97 for i in range(length)] for length in (3, 8, 9, 30)]
+    eager = TextEncoder(Auto().load(str(narrow), attention="eager").model, pooling="mean").eval()
+    alone = torch.cat([eager(*pad_batch([tokens], pad_id)) for tokens in token_lists])
+    batch = pad_batch(token_lists, pad_id)
+    for encoder in (padded, unpadded):
+        assert (encoder(*batch) - alone).abs().max() < 1e-5
+    wide, *_ = encoders(tiny(windowed), texts)
+    assert (wide(*batch) - alone).abs().max() > 1e-3  # the window matters
 
 
 def test_a_model_that_caps_attention_scores_is_refused(tiny, texts):
@@ -89,6 +118,23 @@ def test_pooling_end_to_end_is_pooling_side_by_side():
     starts = torch.tensor([0, 4, 5, 7])
     for pooling in ("last_token", "mean", "cls"):
         assert torch.allclose(pool_unpadded(hidden_NTD[mask_NT], starts, pooling), pool(hidden_NTD, mask_NT, pooling))
+
+
+def test_an_older_kernel_is_given_keys_of_every_head(monkeypatch):
+    """That of torch 2.11 does not know grouped heads, that of 2.10 no windows; the kernels themselves need a GPU."""
+
+    def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        assert query.shape == key.shape == value.shape
+        return varlen._loop(query, key, value, cu_seq_q, max_q, scale, window_size)
+
+    query, key, value = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    told = (torch.tensor([0, 5, 9], dtype=torch.int32), 5, 0.3, (-1, 0))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    found, expected = (run(query, key, value, *told) for run in (varlen._flash, varlen._loop))
+    assert (found - expected).abs().max() < 1e-6
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda query, key, value, is_causal=False: None)
+    with pytest.raises(TdroError, match="needs a newer torch"):
+        varlen._flash(query, key, value, *told)
 
 
 @pytest.mark.gpu
