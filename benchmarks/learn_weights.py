@@ -56,20 +56,16 @@ def recipe_text(tasks: list[dict[str, Any]], arguments: argparse.Namespace) -> s
 class Plain:
     """The proxy and the reference as the release treats them, on batches of token lists."""
 
-    def __init__(self, plan: Any, micro_batch: int, chunk: int):
+    def __init__(self, proxy: Any, reference: Any, pad_id: int, recipe: Any, micro_batch: int, chunk: int):
         import torch
 
-        from tdro_cli.learn.training import backbone_source, load_encoder
-        from tdro_cli.learn.weight_learning import _load_reference
-        from tdro_cli.run.distributed import join
         from tdro_cli.run.engine import parameter_groups
 
-        self.recipe, self.device = plan.settings(), join().device
-        self.proxy, tokenizer = load_encoder(self.recipe, backbone_source(plan))
-        self.proxy.to(self.device).train()
-        self.reference = _load_reference(self.recipe, plan.input("train-ref") / "model").to(self.device)
-        self.pad_id, self.micro_batch, self.chunk = tokenizer.pad_id, micro_batch, chunk
-        section = self.recipe.learn_weights.optimizer
+        self.proxy, self.reference = proxy.train(), reference
+        self.device = next(proxy.parameters()).device
+        self.pad_id, self.micro_batch, self.chunk = pad_id, micro_batch, chunk
+        self.temperature, section = recipe.encoder.temperature, recipe.learn_weights.optimizer
+        self.max_grad_norm = section.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.proxy, section.weight_decay),
             lr=section.learning_rate,
@@ -99,9 +95,7 @@ class Plain:
             (loss_B * weight_B[rows.start : rows.stop]).sum().backward()
             for side, embedding_ND in zip(sides, cached, strict=True):
                 self._carry_back(*side, embedding_ND.grad)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.proxy.parameters(), self.recipe.learn_weights.optimizer.max_grad_norm
-        )
+        norm = torch.nn.utils.clip_grad_norm_(self.proxy.parameters(), self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return torch.cat(proxy).cpu(), torch.cat(reference).cpu(), float(norm)
@@ -128,7 +122,7 @@ class Plain:
         from tdro_cli.learn.contrastive import per_query_infonce
 
         passage_BND = passage_MD.view(len(query_BD), -1, passage_MD.shape[1])
-        return per_query_infonce(query_BD, passage_BND, self.recipe.encoder.temperature)
+        return per_query_infonce(query_BD, passage_BND, self.temperature)
 
 
 class Cost(NamedTuple):
@@ -203,11 +197,22 @@ class Turns:
         return (weight_G[task_B] / weight_G[task_B].sum()).to(self.plain.device)
 
 
+def plain_side(plan: Any, micro_batch: int, chunk: int) -> Plain:
+    from tdro_cli.learn.training import backbone_source, load_encoder
+    from tdro_cli.learn.weight_learning import _load_reference
+    from tdro_cli.run.distributed import join
+
+    recipe, device = plan.settings(), join().device
+    proxy, tokenizer = load_encoder(recipe, backbone_source(plan))
+    reference = _load_reference(recipe, plan.input("train-ref") / "model").to(device)
+    return Plain(proxy.to(device), reference, tokenizer.pad_id, recipe, micro_batch, chunk)
+
+
 def all_batches(plan: Any) -> list[Any]:
     """What our stage will train on, step by step."""
     from tdro_cli.data.batching import BatchPlan
-    from tdro_cli.learn.training import backbone_source, load_encoder, token_batches, training_tasks
-    from tdro_cli.run.distributed import join
+    from tdro_cli.data.loading import Arriving, Collation
+    from tdro_cli.learn.training import backbone_source, load_encoder, training_tasks
 
     recipe, section = plan.settings(), plan.settings().learn_weights
     tasks = training_tasks(plan, "all", need_negatives=True)
@@ -219,7 +224,7 @@ def all_batches(plan: Any) -> list[Any]:
         probabilities=(1 / len(tasks),) * len(tasks),
         composition="mixed",
     )
-    coming = token_batches(batches, tasks, tokenizer, join(), range(section.steps), hard_negatives=7)
+    coming = Arriving(Collation(batches, tasks, tokenizer, 0, 1, 7), range(section.steps), workers=0)
     return [own for _, own in coming]
 
 
@@ -303,7 +308,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
                 path.unlink()
         plain = None
         if not arguments.only_ours:
-            plain = Plain(plan, arguments.micro_batch or arguments.queries, arguments.chunk)
+            plain = plain_side(plan, arguments.micro_batch or arguments.queries, arguments.chunk)
         turns, metrics, losses = run_stage(loaded, folder / "runs", plain, batches)
         found[cache] = report(cache, turns, metrics, losses, batches, arguments, plain)
         print(json.dumps(found[cache]), flush=True)
