@@ -92,7 +92,7 @@ def main() -> None:
 
     from tdro_cli.builtin.backbones import Scratch
     from tdro_cli.data.tokenization import TextTokenizer
-    from tdro_cli.model.encoder import EncoderContract
+    from tdro_cli.model.contract import EncoderContract
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

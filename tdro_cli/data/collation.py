@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,11 @@ class TokenBatch:
 
     `first_B`: index of each query's positive among the passages; `count_B`: how many passages it has.
     Text ids are equal where the texts are: `positive_ids_BP` names all positives of the row, filled with NO_TEXT.
-    The texts are without prompts.
+    The texts are without prompts. Token ids are int32.
     """
 
-    queries: list[list[int]]
-    passages: list[list[int]]
+    queries: list[np.ndarray]
+    passages: list[np.ndarray]
     task_B: np.ndarray
     row_B: np.ndarray
     first_B: np.ndarray
@@ -56,6 +57,15 @@ class TokenBatch:
     def owner_M(self) -> np.ndarray:
         """The query that each passage belongs to."""
         return np.repeat(np.arange(len(self.queries)), self.count_B)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Few large arrays in place of many small ones: to be sent to another process at no cost."""
+        return {**self.__dict__, **{side: _joined(getattr(self, side)) for side in ("queries", "passages")}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(
+            {**state, "queries": _divided(*state["queries"]), "passages": _divided(*state["passages"])}
+        )
 
 
 def collate(
@@ -89,8 +99,8 @@ def collate(
     prompts = [tasks[number].prompt for number in task_B]
     alike = [tasks[number].prompt if tasks[number].symmetric else "" for number in np.repeat(task_B, count_B)]
     return TokenBatch(
-        queries=tokenizer.queries(query_texts, prompts),
-        passages=tokenizer.passages(passage_texts, alike),
+        queries=_divided(*_joined(tokenizer.queries(query_texts, prompts))),
+        passages=_divided(*_joined(tokenizer.passages(passage_texts, alike))),
         task_B=task_B,
         row_B=file_row_B,
         first_B=np.cumsum(count_B) - count_B,
@@ -113,6 +123,19 @@ def _read(tasks: Sequence[TrainingTask], task_B: np.ndarray, row_B: np.ndarray) 
         for place, example in zip(where, tasks[number].store.examples(file_row_B[where]), strict=True):
             examples[place] = example
     return file_row_B, examples
+
+
+def _joined(token_lists: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens end to end, int32, and the length of each text."""
+    length_N = np.fromiter(map(len, token_lists), dtype=np.int64, count=len(token_lists))
+    if isinstance(next(iter(token_lists), None), np.ndarray):
+        return np.concatenate(token_lists), length_N
+    return np.fromiter(chain.from_iterable(token_lists), dtype=np.int32, count=int(length_N.sum())), length_N
+
+
+def _divided(token_T: np.ndarray, length_N: np.ndarray) -> list[np.ndarray]:
+    ends = np.cumsum(length_N).tolist()
+    return [token_T[start:end] for start, end in pairwise([0, *ends])]
 
 
 def text_id(text: str) -> int:

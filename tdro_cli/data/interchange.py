@@ -155,7 +155,7 @@ def _write_lines(path: Path, rows: Iterator[Mapping[str, Any]]) -> int:
 
 def _texts(export: Export, exported: Exported, example: Example) -> tuple[str, list[str], list[str]]:
     """Query, positives and negatives as the model is to read them, prompts included."""
-    from tdro_cli.model.encoder import EncoderContract
+    from tdro_cli.model.contract import EncoderContract
 
     head = exported.head(EncoderContract().query_template)
     before = head if exported.task.symmetric else ""

@@ -68,6 +68,10 @@ class TaskStore:
         self._num_rows: int = meta["facts"]["rows"]
         self._file = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow")))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the same cache."""
+        return TaskStore, (self.name, self.path, self.folder)
+
     def __len__(self) -> int:
         return self._num_rows
 

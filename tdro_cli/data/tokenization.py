@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
-    from tdro_cli.model.encoder import EncoderContract
+    from tdro_cli.model.contract import EncoderContract
+
+
+TokenIds = Sequence[int] | np.ndarray
 
 
 class TextTokenizer:
@@ -21,7 +25,7 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Any, contract: EncoderContract):
         self.tokenizer, self.contract = tokenizer, contract
-        self._plain = _plain_encoder(tokenizer)
+        self._backend = _plain_backend(tokenizer)
         self.prefix_ids, own_suffix_ids = special_ids(tokenizer)
         self.appended_ids: list[int] = []
         if contract.ending == "eos" and not own_suffix_ids:
@@ -32,7 +36,7 @@ class TextTokenizer:
         self.suffix_ids = own_suffix_ids + self.appended_ids
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id)
         self.pad_id: int = next((i for i in pads if i is not None), 0)
-        self._check_head = lru_cache(maxsize=1024)(self._check_head)  # type: ignore[method-assign]
+        self._checked: set[tuple[str, int]] = set()  # prompts that leave room for a text
         for name, limit in (("query_length", contract.query_length), ("passage_length", contract.passage_length)):
             if self._room(limit) < 1:
                 raise ValueError(f"{name} {limit} leaves no room beside {limit - self._room(limit)} special tokens")
@@ -61,12 +65,25 @@ class TextTokenizer:
         return limit - len(self.prefix_ids) - len(self.suffix_ids)
 
     def _check_head(self, head: str, limit: int) -> None:
+        if (head, limit) in self._checked:
+            return
         tokens, room = len(self._plain([head])[0]), self._room(limit)
         if tokens >= room:
             raise ValueError(
                 f"the prompt takes {tokens} tokens of {room} and leaves none for the text: {head!r}; "
                 f"shorten it, or raise the length of {limit}"
             )
+        self._checked.add((head, limit))
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids without special tokens, padding or truncation."""
+        if self._backend is None:
+            return [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process that tokenizes: it need not import transformers."""
+        return self.__dict__ if self._backend is None else {**self.__dict__, "tokenizer": None}
 
 
 def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -117,13 +134,13 @@ def _set_template(exported: Any, backend: Any, prefix_ids: list[int], suffix_ids
     )
 
 
-def _plain_encoder(tokenizer: Any) -> Any:
-    """A function from texts to ids without special tokens, padding or truncation."""
+def _plain_backend(tokenizer: Any) -> Any:
+    """The tokenizer proper, which neither pads nor truncates; None for one in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return lambda texts: [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return None
     # a copy: a tokenizer file may carry truncation and padding of its own, and others use the original
     backend = copy.deepcopy(backend)
     backend.no_truncation()
     backend.no_padding()
-    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return backend

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdro_cli.data.tokenization import TokenIds
 from tdro_cli.model.packing import chunk_tokens, cut, embed_batch, is_unpadded
 from tdro_cli.run.engine import Engine
 
@@ -35,7 +36,7 @@ class ForwardPass:
 
     embedding_ND: Tensor
     chunks: list[np.ndarray]
-    token_lists: Sequence[Sequence[int]]
+    token_lists: Sequence[TokenIds]
     pad_id: int
     parts: list[Tensor]
     kept: int
@@ -44,7 +45,7 @@ class ForwardPass:
     computed: int
 
 
-def forward(engine: Engine, token_lists: Sequence[Sequence[int]], *, pad_id: int, budget: Budget) -> ForwardPass:
+def forward(engine: Engine, token_lists: Sequence[TokenIds], *, pad_id: int, budget: Budget) -> ForwardPass:
     """Embeds the texts of this rank: [N, D] float32, without a graph to the outside."""
     world = engine.world
     lengths = [len(tokens) for tokens in token_lists]
@@ -104,7 +105,7 @@ def backward(engine: Engine, passed: ForwardPass, gradient_ND: Tensor, *, last: 
     _set_random_state(after, device)
 
 
-def _embed(engine: Engine, token_lists: Sequence[Sequence[int]], chunk: np.ndarray, pad_id: int) -> Tensor:
+def _embed(engine: Engine, token_lists: Sequence[TokenIds], chunk: np.ndarray, pad_id: int) -> Tensor:
     """The chunk's embeddings; of one padding token where the chunk is empty."""
     texts = [token_lists[i] for i in chunk] if len(chunk) else [[pad_id]]
     return embed_batch(engine, texts, pad_id, engine.world.device)

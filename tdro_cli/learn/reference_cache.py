@@ -10,22 +10,23 @@ import hashlib
 import sqlite3
 import time
 import zlib
-from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from tdro_cli.data.tokenization import TokenIds
+
 OPEN_TRIES = 200  # at 50 ms
 MAX_ROWS = 20_000_000  # about 1.2 GB
 
 
-def loss_key(query: Sequence[int], passages: Iterable[Sequence[int]], *, model: bytes = b"") -> bytes:
+def loss_key(query: TokenIds, passages: Iterable[TokenIds], *, model: bytes = b"") -> bytes:
     """16 bytes that name a query with its ordered passages, by their token ids, and the model (at most 64 bytes)."""
     digest = hashlib.blake2b(digest_size=16, key=model)
     for tokens in (query, *passages):
         digest.update(len(tokens).to_bytes(4, "little"))
-        digest.update(array("i", tokens).tobytes())
+        digest.update(np.asarray(tokens, dtype=np.int32).tobytes())
     return digest.digest()
 
 

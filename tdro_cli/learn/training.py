@@ -5,10 +5,10 @@ B queries and M passages of the global batch, D embedding size.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from tdro_cli import artifacts, registry
 from tdro_cli.builtin.false_negative_masks import Known
-from tdro_cli.data.batching import Batch, BatchPlan, batch_at
-from tdro_cli.data.collation import NO_TEXT, TokenBatch, TrainingTask, collate
+from tdro_cli.data.batching import BatchPlan
+from tdro_cli.data.collation import NO_TEXT, TokenBatch, TrainingTask
+from tdro_cli.data.loading import Arriving, Collation, num_workers
 from tdro_cli.data.tokenization import TextTokenizer
 from tdro_cli.errors import RunFailed, TdroError
 from tdro_cli.learn.contrastive import candidate_mask, cosine, infonce
 from tdro_cli.learn.gradient_cache import Budget, backward, forward
 from tdro_cli.learn.guide import Guide
 from tdro_cli.learn.schedules import learning_rate
+from tdro_cli.model.contract import EncoderContract
 from tdro_cli.model.encoder import (
-    EncoderContract,
     TextEncoder,
     add_lora,
     check_lengths,
@@ -144,31 +145,6 @@ def require_queries(world: World, queries: int) -> None:
         )
 
 
-def token_batches(
-    plan: BatchPlan,
-    tasks: Sequence[TrainingTask],
-    tokenizer: TextTokenizer,
-    world: World,
-    steps: range,
-    *,
-    hard_negatives: int,
-) -> Iterator[tuple[Batch, TokenBatch]]:
-    """Each step's batch, whole and this rank's part of it, which is read and tokenized one step ahead."""
-
-    def make(step: int) -> tuple[Batch, TokenBatch]:
-        batch = batch_at(plan, step)
-        part = batch.shard(world.rank, world.size)
-        return batch, collate(plan, batch, part, tasks, tokenizer, hard_negatives=hard_negatives)
-
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(make, steps.start) if steps else None
-        for step in steps:
-            with timing.part("data"):
-                batch = coming.result()
-            coming = ahead.submit(make, step + 1) if step + 1 < steps.stop else None
-            yield batch
-
-
 # ---- the run: metrics, checkpoints, resuming ----
 
 
@@ -270,6 +246,12 @@ class Run:
             return {}
         first, began = self._first
         return {"seconds_left": (time.monotonic() - began) / (step - first) * (self.steps - step - 1)}
+
+    @staticmethod
+    def pace(tokens: int, began: float, waited: float) -> dict[str, float]:
+        """Real tokens of all ranks a second, and the share of this rank's time that it waited for data."""
+        seconds = time.monotonic() - began
+        return {"tokens_per_second": tokens / seconds, "waiting_share": waited / seconds}
 
     def require_finite(self, step: int, what: str, values: Mapping[str, float]) -> None:
         """Raises RunFailed that names the tasks whose value isn't finite: nothing good comes of such a step."""
@@ -387,18 +369,14 @@ def train(
     seen_G = np.zeros(len(tasks), dtype=np.int64) if state is None else state["seen"].numpy()
     tokens = 0 if state is None else state["tokens"]
     began = time.monotonic()
-    arriving = token_batches(
-        batches,
-        tasks,
-        tokenizer,
-        world,
-        range(start, section.steps),
-        hard_negatives=section.batch.passages_per_query - 1,
-    )
-    with progress.start(plan.stage, section.steps, "steps") as bar, run:
+    negatives = section.batch.passages_per_query - 1
+    collation = Collation(batches, tasks, tokenizer, world.rank, world.size, negatives, keep_texts=guide is not None)
+    arriving = Arriving(collation, range(start, section.steps), workers=num_workers(world))
+    with progress.start(plan.stage, section.steps, "steps") as bar, run, contextlib.closing(arriving):
         bar.advance(start)
-        for step, (_, batch) in zip(range(start, section.steps), arriving, strict=True):
+        for step in range(start, section.steps):
             step_began = time.monotonic()
+            _, batch = next(arriving)
             passed = forward(engine, batch.queries + batch.passages, pad_id=tokenizer.pad_id, budget=budget)
             contrasted = contrast(
                 world,
@@ -425,7 +403,7 @@ def train(
                     "step": step,
                     "loss": mean,
                     **applied,
-                    "tokens_per_second": step_tokens / (time.monotonic() - step_began),
+                    **run.pace(step_tokens, step_began, arriving.waited),
                     "padding_share": 1 - step_tokens / computed,
                     "masked_pairs": contrasted.masked,
                     "tasks": {

@@ -19,6 +19,7 @@ from torch import Tensor
 from tdro_cli import artifacts, registry
 from tdro_cli.data.batching import Batch, BatchPlan, assemble, drawn_counts
 from tdro_cli.data.collation import TokenBatch, collate
+from tdro_cli.data.loading import Arriving, Collation, num_workers
 from tdro_cli.errors import RunFailed, TdroError
 from tdro_cli.learn.contrastive import per_query_infonce
 from tdro_cli.learn.dro import (
@@ -39,7 +40,6 @@ from tdro_cli.learn.training import (
     backbone_source,
     load_encoder,
     require_queries,
-    token_batches,
     training_tasks,
 )
 from tdro_cli.model.encoder import TextEncoder
@@ -266,14 +266,9 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
     samples = getattr(updater, "samples", False)
     watched = _watched(engine, updater, recipe)
     negatives = section.batch.passages_per_query - 1
-    arriving = token_batches(
-        batches,
-        tasks,
-        tokenizer,
-        world,
-        range(0 if samples else step, 0 if samples else section.steps),
-        hard_negatives=negatives,
-    )
+    collation = Collation(batches, tasks, tokenizer, world.rank, world.size, negatives, keep_texts=False)
+    ahead = range(0 if samples else step, 0 if samples else section.steps)
+    arriving = Arriving(collation, ahead, workers=num_workers(world))
     names = [task.name for task in tasks]
 
     def update(state: WeightState, losses: TaskLosses, own: TokenBatch, step: int) -> tuple[WeightState, Tensor]:
@@ -298,7 +293,7 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
             ) from error
 
     began, shown = time.monotonic(), None
-    with progress.start(plan.stage, section.steps, "steps") as bar, run:
+    with progress.start(plan.stage, section.steps, "steps") as bar, run, contextlib.closing(arriving):
         bar.advance(step)
         while step < section.steps and not _only_noise(section.stop, recent_SG):
             step_began = time.monotonic()
@@ -338,7 +333,7 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
             metrics |= {
                 "step": step,
                 **applied,
-                "tokens_per_second": tokens / (time.monotonic() - step_began),
+                **run.pace(tokens, step_began, arriving.waited),
                 "padding_share": 1 - tokens / computed,
                 "reference_forwards": forwards,
             }

@@ -7,7 +7,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from tdro_cli.artifacts import read_json
-from tdro_cli.model.encoder import EncoderContract, TextEncoder
+from tdro_cli.model.contract import EncoderContract
+from tdro_cli.model.encoder import TextEncoder
 from tdro_cli.recipe import Recipe
 
 LICENCE = (

@@ -15,7 +15,8 @@ from tdro_cli.artifacts import digest_file, digest_of, read_json
 from tdro_cli.builtin.backbones import Auto, local_folder
 from tdro_cli.data.tokenization import TextTokenizer
 from tdro_cli.errors import TdroError
-from tdro_cli.model.encoder import CONTRACT_FILE, EncoderContract, TextEncoder, check_lengths, position_limit
+from tdro_cli.model.contract import CONTRACT_FILE, EncoderContract
+from tdro_cli.model.encoder import TextEncoder, check_lengths, position_limit
 from tdro_cli.model.packing import encode_token_lists
 from tdro_cli.protocols import LoadedBackbone
 

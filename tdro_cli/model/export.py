@@ -15,8 +15,9 @@ from tdro_cli.builtin.backbones import quiet_transformers
 from tdro_cli.data.tokenization import TextTokenizer, ending_in_template
 from tdro_cli.errors import RunFailed, TdroError
 from tdro_cli.model.card import measures_of, model_card, training_details
+from tdro_cli.model.contract import CONTRACT_FILE, EncoderContract
 from tdro_cli.model.embedding import POOLING_KEYS, load_embedder, model_folder
-from tdro_cli.model.encoder import CONTRACT_FILE, EncoderContract, TextEncoder
+from tdro_cli.model.encoder import TextEncoder
 from tdro_cli.run.plan import Plan
 
 ADAPTER_FOLDER = "adapter"

@@ -6,12 +6,13 @@ N texts, T tokens of the longest one of a batch, D embedding size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tdro_cli.data.tokenization import TokenIds
 
 BUSY_TOKENS = 1024  # what a CPU core needs at once; a device with a larger budget needs more
 
@@ -84,7 +85,7 @@ def chunk_tokens(batch: np.ndarray, lengths: Sequence[int], *, unpadded: bool) -
 
 
 def embed_batch(
-    forward: Callable[[Tensor, Tensor], Tensor], token_lists: Sequence[Sequence[int]], pad_id: int, device: Any
+    forward: Callable[[Tensor, Tensor], Tensor], token_lists: Sequence[TokenIds], pad_id: int, device: Any
 ) -> Tensor:
     """One batch through `forward(input_ids_NT, attention_mask_NT)`, which gets it on `device`.
 
@@ -101,18 +102,18 @@ def is_unpadded(forward: Any) -> bool:
     return getattr(getattr(forward, "module", forward), "unpadded", False)
 
 
-def pad_batch(token_lists: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def pad_batch(token_lists: Sequence[TokenIds], pad_id: int) -> tuple[Tensor, Tensor]:
     """Input ids [N, T] int64, padded on the right, and attention mask [N, T] int64 with 1 for the real tokens."""
     length_N = np.fromiter(map(len, token_lists), dtype=np.int64, count=len(token_lists))
     mask_NT = np.arange(length_N.max(initial=0)) < length_N[:, None]
     ids_NT = np.full(mask_NT.shape, pad_id, dtype=np.int64)
-    ids_NT[mask_NT] = np.fromiter(chain.from_iterable(token_lists), dtype=np.int64, count=int(length_N.sum()))
+    ids_NT[mask_NT] = np.concatenate(token_lists) if len(token_lists) else ()
     return torch.from_numpy(ids_NT), torch.from_numpy(mask_NT.astype(np.int64))
 
 
 def encode_token_lists(
     forward: Callable[[Tensor, Tensor], Tensor],
-    token_lists: Sequence[Sequence[int]],
+    token_lists: Sequence[TokenIds],
     *,
     pad_id: int,
     budget: int,

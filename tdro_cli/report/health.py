@@ -184,7 +184,7 @@ def tokenizer_of(
 ) -> tuple[TextTokenizer | None, dict[str, Any]]:
     """The tokenizer of the recipe's backbone if it can be had without a network, and where it is from or why not."""
     from tdro_cli.data.tokenization import TextTokenizer
-    from tdro_cli.model.encoder import EncoderContract
+    from tdro_cli.model.contract import EncoderContract
 
     recipe = loaded.recipe
     try:

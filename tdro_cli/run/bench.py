@@ -183,11 +183,9 @@ def _timing() -> Iterator[None]:
 
 def texts_of_steps(plan: Plan, tokenizer: TextTokenizer) -> list[list[int]]:
     """Lengths in tokens of all texts of every step's global batch."""
-    import torch
-
     from tdro_cli.data.batching import BatchPlan
-    from tdro_cli.learn.training import token_batches, training_tasks
-    from tdro_cli.run.distributed import World
+    from tdro_cli.data.loading import Arriving, Collation
+    from tdro_cli.learn.training import training_tasks
 
     recipe, section = plan.settings(), _section(plan.settings(), plan.stage)
     learning = plan.stage == "learn-weights"
@@ -200,14 +198,8 @@ def texts_of_steps(plan: Plan, tokenizer: TextTokenizer) -> list[list[int]]:
         composition="mixed" if learning else section.batch.composition,
         draws=section.batch.draws,
     )
-    arriving = token_batches(
-        batches,
-        tasks,
-        tokenizer,
-        World(0, 1, torch.device("cpu")),
-        range(section.steps),
-        hard_negatives=section.batch.passages_per_query - 1,
-    )
+    collation = Collation(batches, tasks, tokenizer, 0, 1, section.batch.passages_per_query - 1)
+    arriving = Arriving(collation, range(section.steps), workers=0)
     return [[len(tokens) for tokens in batch.queries + batch.passages] for _, batch in arriving]
 
 

@@ -27,7 +27,8 @@ QUERIES = [
 def model(tmp_path_factory):
     """A tiny model of our own, made as a recipe makes it: from the tasks' text, then saved."""
     from tdro_cli.builtin.backbones import Scratch
-    from tdro_cli.model.encoder import EncoderContract, TextEncoder
+    from tdro_cli.model.contract import EncoderContract
+    from tdro_cli.model.encoder import TextEncoder
     from tdro_cli.model.export import save_model
 
     folder = tmp_path_factory.mktemp("model")

@@ -10,7 +10,7 @@ from tdro_cli.data.batching import BatchPlan, batch_at
 from tdro_cli.data.collation import NO_TEXT, TrainingTask, collate, text_id
 from tdro_cli.data.tasks import open_task
 from tdro_cli.data.tokenization import TextTokenizer
-from tdro_cli.model.encoder import EncoderContract
+from tdro_cli.model.contract import EncoderContract
 
 tiny_tokenizer = cache(runpy.run_path(str(Path(__file__).parents[1] / "model" / "conftest.py"))["tiny_tokenizer"])
 
@@ -52,6 +52,10 @@ def words(tokenizer, tokens):
     return tokenizer.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
+def plain(token_lists):
+    return [tokens.tolist() for tokens in token_lists]
+
+
 def test_a_query_stands_with_its_positive_first_and_at_most_the_wanted_negatives(tasks, tokenizer):
     batch = collated(tasks, tokenizer)
     assert batch.first_B.tolist() == [0, *np.cumsum(batch.count_B)[:-1]]
@@ -90,8 +94,8 @@ def test_the_parts_of_any_number_of_ranks_make_up_the_batch(tasks, tokenizer):
     whole = collated(tasks, tokenizer)
     for world in (2, 3, 5):
         parts = [collated(tasks, tokenizer, part=batch_at(plan(), 0).shard(rank, world)) for rank in range(world)]
-        assert [q for part in parts for q in part.queries] == whole.queries
-        assert [p for part in parts for p in part.passages] == whole.passages
+        for side in ("queries", "passages"):
+            assert plain(tokens for part in parts for tokens in getattr(part, side)) == plain(getattr(whole, side))
         for name in ("task_B", "row_B", "query_id_B", "passage_id_M", "count_B"):
             assert np.concatenate([getattr(part, name) for part in parts]).tolist() == getattr(whole, name).tolist()
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdro_cli.data.tokenization import TextTokenizer, ending_in_template, special_ids
-from tdro_cli.model.encoder import EncoderContract
+from tdro_cli.model.contract import EncoderContract
 
 tiny_tokenizer = cache(runpy.run_path(str(Path(__file__).parents[1] / "model" / "conftest.py"))["tiny_tokenizer"])
 # family: tokens before a text, tokens after it, whether we put the last one there

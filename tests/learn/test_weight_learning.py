@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,17 @@ def test_any_split_into_micro_batches_gives_the_same_weights(design, another_exp
     split = another_experiment("split").run(STEPS, *DESIGNS[design], *SPLITS, stage="learn-weights")
     assert list(learned(split).values()) == pytest.approx(list(learned(whole).values()), abs=1e-6)
     assert len(set(learned(whole).values())) > 1
+
+
+def test_batches_of_other_processes_give_the_same_weights_and_losses(another_experiment, monkeypatch):
+    by_thread = another_experiment("thread").run(STEPS, stage="learn-weights")
+    monkeypatch.setenv("TDRO_DATA_WORKERS", "2")
+    by_processes = another_experiment("processes").run(STEPS, stage="learn-weights")
+    assert learned(by_processes) == learned(by_thread)
+    thread, processes = (read_metrics(out / "metrics.jsonl") for out in (by_thread, by_processes))
+    assert [line["loss"] for line in processes] == [line["loss"] for line in thread]
+    assert all(0 <= line["waiting_share"] <= 1 for line in thread + processes)
+    assert not multiprocessing.active_children()
 
 
 def test_previous_and_current_weights_train_the_proxy_differently(another_experiment):

@@ -10,8 +10,9 @@ import torch
 from tdro_cli.builtin.backbones import Auto
 from tdro_cli.errors import TdroError
 from tdro_cli.model import embedding
+from tdro_cli.model.contract import EncoderContract
 from tdro_cli.model.embedding import Embedder, load_embedder
-from tdro_cli.model.encoder import EncoderContract, TextEncoder
+from tdro_cli.model.encoder import TextEncoder
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 
 from tdro_cli.errors import RunFailed, TdroError
 from tdro_cli.model import embedding, encode
+from tdro_cli.model.contract import EncoderContract
 from tdro_cli.model.embedding import load_embedder
 from tdro_cli.model.encode import encode_file, read_texts
-from tdro_cli.model.encoder import EncoderContract
 from tdro_cli.run.progress import Silent
 
 PROMPTS = {"query": "Search", "nq": "Find"}

@@ -6,8 +6,9 @@ import torch
 
 from tdro_cli.builtin.backbones import Auto
 from tdro_cli.errors import TdroError
+from tdro_cli.model.contract import EncoderContract
 from tdro_cli.model.embedding import Embedder, load_embedder
-from tdro_cli.model.encoder import EncoderContract, TextEncoder, add_lora
+from tdro_cli.model.encoder import TextEncoder, add_lora
 from tdro_cli.model.export import export_model, merged_state, save_model
 
 PROMPTS = {"nq": "Given a question, retrieve passages", "quora": "Find the same question", "query": "Search"}
