@@ -1,10 +1,11 @@
 """What a step of the data path costs as tasks and rows grow: it should not grow with them.
 
     python benchmarks/growth.py [--tasks 5 50 500] [--rows 10000 1000000 10000000] [--queries 256]
+    python benchmarks/growth.py --tasks 25 --rows-per-task 480000 --rows --words 5     # 12 million rows
 
-Synthesised training files in the cache's own format (one kilobyte a row), mixed batches of unequal shares, far into a
-run, and homogeneous ones. A step: which rows, reading them, tokenizing them. Processor time of the median step, the
-memory that is the process's own, and the seconds to open all tasks. One JSON object a line.
+Synthesised training files in the cache's own format, mixed batches of unequal shares, far into a run, and homogeneous
+ones. A step: which rows, reading them, tokenizing them. Processor time of the median step, the memory that is the
+process's own, and the seconds to open all tasks. One JSON object a line.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import numpy as np
 WORDS = [f"word{i}" for i in range(2000)]
 
 
-def write_store(folder: Path, rows: int) -> None:
-    """A task's cache of `rows` rows, of which 1,024 differ: 1 positive, 3 negatives, 20 words each."""
+def write_store(folder: Path, rows: int, words: int) -> None:
+    """A task's cache of `rows` rows, of which 1,024 differ: 1 positive, 3 negatives, so many words each."""
     import pyarrow as pa
 
     from tdro_cli.data.formats import Example, Passage
@@ -32,7 +33,7 @@ def write_store(folder: Path, rows: int) -> None:
     folder.mkdir(parents=True)
     examples = []
     for i in range(BATCH_ROWS):
-        texts = [" ".join(WORDS[w] for w in rng.integers(0, len(WORDS), 20)) for _ in range(5)]
+        texts = [" ".join(WORDS[w] for w in rng.integers(0, len(WORDS), words)) for _ in range(5)]
         passages = [Passage(f"d{i}-{n}", "", text) for n, text in enumerate(texts[1:])]
         examples.append(Example(f"q{i}", texts[0], passages[:1], passages[1:]))
     passages = [passage for example in examples for passage in example.positives + example.negatives]
@@ -59,9 +60,7 @@ def measure(folders: list[Path], queries: int, tokenizer: Any) -> dict[str, Any]
     began = time.perf_counter()
     stores = [TaskStore(folder.name, folder, folder) for folder in folders]
     opened = time.perf_counter() - began
-    tasks = [
-        TrainingTask(store.name, store, np.arange(len(store), dtype=np.int64), "", False, True) for store in stores
-    ]
+    tasks = [TrainingTask(store.name, store, range(len(store)), "", False, True) for store in stores]
     share = np.linspace(1.0, 3.0, len(tasks))
     result = {"tasks": len(tasks), "rows": sum(map(len, stores)), "open_seconds": round(opened, 3)}
     for composition, first in (("mixed", 2000), ("homogeneous", 2000)):
@@ -87,6 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", type=int, nargs="*", default=[5, 50, 500])
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--rows-per-task", type=int, default=2048, help="with --tasks")
+    parser.add_argument("--words", type=int, default=20, help="of a text; 20 make a row of 1 KB")
     parser.add_argument("--queries", type=int, default=256)
     arguments = parser.parse_args()
 
@@ -102,11 +103,11 @@ def main() -> None:
         for count in arguments.tasks:
             folders = [folder / f"tasks{count}" / f"task{i}" for i in range(count)]
             for place in folders:
-                write_store(place, 2048)
+                write_store(place, arguments.rows_per_task, arguments.words)
             print(json.dumps(measure(folders, arguments.queries, tokenizer)), flush=True)
         for rows in arguments.rows:
             place = folder / f"rows{rows}" / "task"
-            write_store(place, rows)
+            write_store(place, rows, arguments.words)
             print(json.dumps(measure([place], arguments.queries, tokenizer)), flush=True)
             (place / "rows.arrow").unlink()
 

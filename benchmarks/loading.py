@@ -3,8 +3,9 @@
     python benchmarks/loading.py [--queries 1024] [--seconds 1.5] [--workers 0 1] [--steps 6] [--folder DIR]
 
 Real rows of 20 tasks (TDRO_REAL_DATA), 1 + 7 passages a query. A step stands for a GPU's: the training thread calls
-small torch functions, as many as it manages in `--seconds` when nothing else runs. `slowdown` is how much longer the
-same calls take while batches are made, `waiting_share` the share of a step that waits for its batch. Workers: 0 for a
+small torch functions, as many as it manages in `--seconds` when nothing else runs. `held_up` is the share of their time
+in which the thread was not at work, because another held Python's lock (or its core); `waiting_share` the share of a
+step that waits for its batch. Workers: 0 for a
 thread, else so many processes (`TDRO_DATA_WORKERS`). Prints one JSON object a line.
 """
 
@@ -19,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 
-def calls(count: int) -> float:
-    """Seconds for so many small torch functions."""
+def calls(count: int) -> tuple[float, float]:
+    """Seconds for so many small torch functions: on the clock, and of them at work."""
     import torch
 
     value = torch.zeros(8)
-    began = time.perf_counter()
+    began, began_work = time.perf_counter(), time.thread_time()
     for _ in range(count):
         value = value + 1.0
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.thread_time() - began_work
 
 
 def collation_of(folder: Path, queries: int) -> Any:
@@ -55,21 +56,22 @@ def collation_of(folder: Path, queries: int) -> Any:
     return Collation(BatchPlan(1, queries, sizes, equal, "mixed"), tasks, tokenizer, 0, 1, 7, keep_texts=False)
 
 
-def measure(collation: Any, workers: int, count: int, alone: float, steps: int) -> dict[str, Any]:
+def measure(collation: Any, workers: int, count: int, steps: int) -> dict[str, Any]:
     from tdro_cli.data.loading import Arriving
 
     arriving = Arriving(collation, range(steps + 1), workers=workers)
     next(arriving)  # processes start
-    worked, waited = 0.0, 0.0
+    seconds, at_work, waited = 0.0, 0.0, 0.0
     for _ in range(steps):
-        worked += calls(count)
+        passed, worked = calls(count)
+        seconds, at_work = seconds + passed, at_work + worked
         next(arriving)
         waited += arriving.waited
     return {
         "workers": workers,
-        "step_seconds": round((worked + waited) / steps, 3),
-        "waiting_share": round(waited / (worked + waited), 4),
-        "slowdown": round(worked / steps / alone, 3),
+        "step_seconds": round((seconds + waited) / steps, 3),
+        "waiting_share": round(waited / (seconds + waited), 4),
+        "held_up": round(1 - at_work / seconds, 4),
     }
 
 
@@ -89,10 +91,11 @@ def main() -> None:
         _, batch = collation(0)
         seconds, texts = time.perf_counter() - began, len(batch.queries) + len(batch.passages)
         print(json.dumps({"texts": texts, "texts_per_second_and_core": round(texts / seconds)}), flush=True)
-        count = round(20_000 * arguments.seconds / calls(20_000))
-        alone = calls(count)
+        count = round(100_000 * arguments.seconds / calls(100_000)[0])
+        passed, worked = calls(count)
+        print(json.dumps({"alone": True, "held_up": round(1 - worked / passed, 4)}), flush=True)
         for workers in arguments.workers:
-            print(json.dumps(measure(collation, workers, count, alone, arguments.steps)), flush=True)
+            print(json.dumps(measure(collation, workers, count, arguments.steps)), flush=True)
 
 
 if __name__ == "__main__":

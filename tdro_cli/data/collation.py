@@ -23,14 +23,18 @@ NO_TEXT = -1  # fills ragged rows of text ids
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """A task as a training run uses it: `rows` maps the batch's row numbers to those of the file."""
+    """A task as a training run uses it: `rows` are those of the file, in its order; a range where it is all of them."""
 
     name: str
     store: TaskStore
-    rows: np.ndarray
+    rows: np.ndarray | range
     prompt: str
     symmetric: bool
     in_batch_negatives: bool
+
+    def file_rows(self, row_W: np.ndarray) -> np.ndarray:
+        """The rows of the file that the batch's row numbers stand for."""
+        return row_W if isinstance(self.rows, range) else self.rows[row_W]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +123,7 @@ def _read(tasks: Sequence[TrainingTask], task_B: np.ndarray, row_B: np.ndarray) 
     examples: list[Any] = [None] * len(task_B)
     for number in np.unique(task_B):
         where = np.flatnonzero(task_B == number)
-        file_row_B[where] = tasks[number].rows[row_B[where]]
+        file_row_B[where] = tasks[number].file_rows(row_B[where])
         for place, example in zip(where, tasks[number].store.examples(file_row_B[where]), strict=True):
             examples[place] = example
     return file_row_B, examples

@@ -22,6 +22,7 @@ from tdro_cli.builtin.false_negative_masks import Known
 from tdro_cli.data.batching import BatchPlan
 from tdro_cli.data.collation import NO_TEXT, TokenBatch, TrainingTask
 from tdro_cli.data.loading import Arriving, Collation, num_workers
+from tdro_cli.data.tasks import TaskStore
 from tdro_cli.data.tokenization import TextTokenizer
 from tdro_cli.errors import RunFailed, TdroError
 from tdro_cli.learn.contrastive import candidate_mask, cosine, infonce
@@ -114,7 +115,7 @@ def training_tasks(plan: Plan, rows: str, *, need_negatives: bool = False) -> li
     for task in recipe.tasks:
         store = stores[task.name]
         if rows == "all" or fraction == 0:
-            chosen = np.arange(len(store))
+            chosen: np.ndarray | range = range(len(store))  # millions of rows cost no memory
         else:
             chosen = store.held_in_rows(fraction) if rows == "held_in" else store.held_out_rows(fraction)
         if not len(chosen):
@@ -124,7 +125,7 @@ def training_tasks(plan: Plan, rows: str, *, need_negatives: bool = False) -> li
                 remedy="hold out another share, or set learn_weights.rows to all",
             )
         if need_negatives:
-            chosen = np.intersect1d(chosen, store.rows_with_negatives(), assume_unique=True)
+            chosen = _with_negatives(chosen, store)
             if not len(chosen):
                 raise TdroError(
                     f"task {task.name!r} has no hard negatives: without them a query has no loss",
@@ -133,6 +134,13 @@ def training_tasks(plan: Plan, rows: str, *, need_negatives: bool = False) -> li
                 )
         tasks.append(TrainingTask(task.name, store, chosen, task.prompt, task.symmetric, task.in_batch_negatives))
     return tasks
+
+
+def _with_negatives(chosen: np.ndarray | range, store: TaskStore) -> np.ndarray | range:
+    if not store.facts["rows_without_negatives"]:
+        return chosen
+    rows = store.rows_with_negatives()
+    return rows if isinstance(chosen, range) else np.intersect1d(chosen, rows, assume_unique=True)
 
 
 def require_queries(world: World, queries: int) -> None:

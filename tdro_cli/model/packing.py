@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdro_cli.data.tokenization import TokenIds
 
-BUSY_TOKENS = 1024  # what a CPU core needs at once; a device with a larger budget needs more
+BUSY_TOKENS = 512  # what one CPU core needs at once; several need twice as many, a device with a larger budget more
 
 
 class Packed(NamedTuple):
@@ -34,7 +34,7 @@ class Packed(NamedTuple):
 def token_budget_batches(lengths: Sequence[int], budget: int) -> list[np.ndarray]:
     """Indices into `lengths`, longest first, in batches with count × longest length <= `budget`.
 
-    A batch also ends before a text that is an eighth shorter than its longest, once it has enough tokens to keep a
+    A batch also ends before a text that is a sixteenth shorter than its longest, once it has enough tokens to keep a
     device busy: then padding stays low whatever the budget. A text longer than the budget is a batch of its own. Equal
     lengths keep their order. Every index occurs once. Raises ValueError unless `budget` > 0.
     """
@@ -42,12 +42,14 @@ def token_budget_batches(lengths: Sequence[int], budget: int) -> list[np.ndarray
         raise ValueError(f"the token budget must be > 0, got {budget}")
     length = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-length, kind="stable")
-    busy = max(BUSY_TOKENS, budget // 16)
+    busy = max(BUSY_TOKENS * min(torch.get_num_threads(), 2), budget // 32)
     batches, start = [], 0
     while start < len(order):
         longest = max(1, int(length[order[start]]))
         count = max(1, budget // longest)
-        alike = int(np.searchsorted(-length[order[start:]], -longest * 7 // 8, side="right"))  # at least 7/8 as long
+        alike = int(
+            np.searchsorted(-length[order[start:]], -longest * 15 // 16, side="right")
+        )  # at least 15/16 as long
         count = min(count, max(alike, -(-busy // longest)))
         batches.append(order[start : start + count])
         start += count

@@ -1,10 +1,15 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdro_cli.model.packing import encode_token_lists, pad_batch, token_budget_batches
+from tdro_cli.learn.weight_learning import micro_batches
+from tdro_cli.model.packing import cut, encode_token_lists, pad_batch, token_budget_batches
 
 
 def test_longest_first_and_as_many_as_the_budget_holds():
@@ -19,6 +24,29 @@ def test_every_index_once_and_no_batch_over_budget_unless_it_is_one_text(lengths
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
     assert [b.tolist() for b in batches] == [b.tolist() for b in token_budget_batches(np.array(lengths, int), budget)]
+
+
+LENGTHS = json.loads((Path(__file__).parents[2] / "benchmarks" / "lengths.json").read_text())
+
+
+@pytest.mark.parametrize(("queries", "share"), [(32, 0.05), (256, 0.04), (2048, 0.04)])
+def test_padding_is_low_at_real_lengths(queries, share):
+    """1 + 8 texts a query of the 20 real tasks: a small batch, and one of 2,048 on 8 ranks and on 1."""
+    rng = np.random.default_rng(3)
+    rows = [LENGTHS[i] for i in rng.integers(0, len(LENGTHS), queries)]
+    count_B = np.array([len(row) - 1 for row in rows])
+    batch = SimpleNamespace(
+        queries=[np.zeros(row[0]) for row in rows],
+        passages=[np.zeros(length) for row in rows for length in row[1:]],
+        first_B=np.cumsum(count_B) - count_B,
+    )
+    parts = {
+        "finetune": [[length for row in rows for length in row]],
+        "learn-weights": [[length for i in part for length in rows[i]] for part in micro_batches(batch, 65_536)],
+    }
+    for stage, lengths in parts.items():
+        computed = sum(cut(part, 16_384, unpadded=False)[1] for part in lengths)
+        assert 1 - sum(map(sum, lengths)) / computed < share, stage
 
 
 @pytest.mark.parametrize("budget", [0, -1])
