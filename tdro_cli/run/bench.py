@@ -151,7 +151,7 @@ def _measure(plan: Plan, whole: Recipe, peak_flops: float, machines: Machines, s
         "examples_per_second": _section(whole, plan.stage).batch.queries * len(wall) / total,
         "padding_share": statistics.mean(line["padding_share"] for line in lines[WARM_UP:]),
         "shares": {**{name: value / total for name, value in seconds.items()}},
-        "model_flop_utilisation": useful / total / peak_flops / (machines.num_gpus or 1),
+        "model_flop_utilisation": useful / total / peak_flops / _devices(machines),
         "peak_memory_bytes": max(line["peak_memory_bytes"] for line in lines),
         "projected_hours": step_seconds * steps / 3600,
         "recipe_steps": steps,
@@ -161,6 +161,13 @@ def _measure(plan: Plan, whole: Recipe, peak_flops: float, machines: Machines, s
         warm = step_seconds * (1 - result["shares"]["reference"])
         result["projected_hours_with_cached_reference"] = warm * steps / 3600
     return result
+
+
+def _devices(machines: Machines) -> int:
+    """How many of what `measured_peak` measured: GPUs, else the processor, which the ranks share."""
+    import torch
+
+    return machines.ranks if torch.cuda.is_available() else 1
 
 
 def _section(recipe: Recipe, stage: str) -> Any:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from tdro_cli.run.bench import PARTS, ModelShape
+from tdro_cli.run.bench import PARTS, ModelShape, _devices
+from tdro_cli.run.launch import Machines
 
 
 def test_a_forward_pass_is_counted_by_hand():
@@ -29,6 +31,11 @@ def test_bench_says_where_the_time_of_a_step_goes_and_leaves_no_run_behind(tiny_
         assert stage["projected_hours"] == pytest.approx(stage["seconds_per_step"] * stage["recipe_steps"] / 3600)
     assert found["stages"][0]["shares"]["reference"] > 0 == found["stages"][1]["shares"]["reference"]
     assert [path.name for path in runs.iterdir()] == [".cache"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU here")
+def test_ranks_share_a_processor():
+    assert _devices(Machines(num_gpus=4)) == 1
 
 
 def test_an_unknown_stage_is_told(tiny_recipe, tdro):
