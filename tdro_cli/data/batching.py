@@ -63,8 +63,7 @@ class Batch:
 
     def shard(self, rank: int, world: int) -> slice:
         """The contiguous part of the batch that a rank computes; parts differ by one query at most."""
-        bounds = [len(self) * r // world for r in range(world + 1)]
-        return slice(bounds[rank], bounds[rank + 1])
+        return slice(len(self) * rank // world, len(self) * (rank + 1) // world)
 
 
 def batch_at(plan: BatchPlan, step: int) -> Batch:

@@ -74,7 +74,7 @@ def infonce(
 def cosine(query_BD: Tensor, candidate_MD: Tensor) -> Tensor:
     """Cosine similarities [B, M], float32, whether the embeddings are normalised or not."""
     with torch.autocast(query_BD.device.type, enabled=False):
-        return normalize(query_BD.float(), dim=1) @ normalize(candidate_MD.float(), dim=1).T
+        return normalize(query_BD.float()) @ normalize(candidate_MD.float()).T
 
 
 def candidate_mask(
