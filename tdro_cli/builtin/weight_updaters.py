@@ -104,7 +104,7 @@ class GroupDRO:
 
     def step(self, state: dict[str, Any], measurement_G: Tensor, *, progress: float) -> dict[str, Any]:
         exponent_G = self.step_size * (_finite(measurement_G) + state["adjustment"])
-        return {**state, "log_weights": _multiplied(state["log_weights"], exponent_G, 0.0)}
+        return {**state, "log_weights": _multiplied(state["log_weights"], exponent_G)}
 
     def weights(self, state: dict[str, Any]) -> Tensor:
         return _exp(state["log_weights"])
@@ -167,9 +167,8 @@ class ODM:
         reward_G = seen_G.where(measurement_G != 0, state["reward"])
         # the weights of step t + 1, after t steps
         explore, rate = _exploration(num_tasks, steps + 1), _exploration(num_tasks, steps)
-        exploit = max(0.0, 1 - num_tasks * explore)
-        weights_G = exploit * (rate * reward_G).softmax(0) + explore
-        return {"weights": weights_G / weights_G.sum(), "reward": reward_G, "steps": steps}
+        weights_G = (1 - num_tasks * explore) * (rate * reward_G).softmax(0) + explore
+        return {"weights": weights_G, "reward": reward_G, "steps": steps}
 
     def weights(self, state: dict[str, Any]) -> Tensor:
         weights_G: Tensor = state["weights"]
@@ -185,10 +184,10 @@ def capped_share(vector_G: Tensor, cap: float) -> Tensor:
     square_G = vector_G.square()
     norm: Tensor = vector_G.norm()
     ordered = square_G[square_G > 0].sort(descending=True).values.tolist()
-    if not ordered or ordered[0] <= cap * sum(ordered):
+    if not ordered:
         return vector_G
     level = ordered[-1]
-    for number in range(1, len(ordered)):
+    for number in range(len(ordered)):  # of entries above the level
         left = 1 - number * cap
         rest = sum(ordered[number:])
         if left > 0 and ordered[number] <= cap * rest / left:
@@ -222,7 +221,7 @@ def _log(weights_G: Tensor) -> Tensor:
     return weights_G.double().log().log_softmax(0)
 
 
-def _multiplied(log_weights_G: Tensor, exponent_G: Tensor, smoothing: float) -> Tensor:
+def _multiplied(log_weights_G: Tensor, exponent_G: Tensor, smoothing: float = 0.0) -> Tensor:
     log_weights_G = (log_weights_G + exponent_G).log_softmax(0)
     if smoothing:
         log_weights_G = ((1 - smoothing) * log_weights_G.exp() + smoothing / len(log_weights_G)).log()

@@ -265,5 +265,5 @@ def _random(seed: int, stream: int, step: int) -> np.random.Generator:
 
 
 def _exact(probabilities: Sequence[float]) -> np.ndarray:
-    values = np.asarray(probabilities, dtype=np.float64)
+    values = np.asarray(probabilities)
     return values / values.sum()

@@ -140,7 +140,7 @@ class WeightAverages:
     def update(self, weights_G: Tensor) -> WeightAverages:
         """The averages after one more update of the weights."""
         weights_G, updates = weights_G.double(), self.updates + 1
-        mean_G = weights_G.clone() if updates == 1 else self.mean_G + (weights_G - self.mean_G) / updates
+        mean_G = self.mean_G + (weights_G - self.mean_G) / updates
         return replace(
             self, mean_G=mean_G, ema_G=self.decay * self.ema_G + (1 - self.decay) * weights_G, updates=updates
         )

@@ -133,6 +133,12 @@ def test_a_share_of_next_to_nothing_waits_without_a_warning():
         assert task_schedule(plan((9, 9), (1.0, 1e-310)), 100).tolist() == [0] * 100
 
 
+def test_numbers_that_wrap_round_are_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(batch_at(plan(seed=2**63 - 1), 5)) == 4
+
+
 @settings(max_examples=150, deadline=None)
 @given(plans(), st.integers(0, 60))
 def test_a_stratified_mixed_batch_has_the_expected_counts_rounded_down_or_up(drawn, step):
@@ -198,7 +204,10 @@ def test_an_impossible_plan_is_refused(fault, words):
 
 
 def test_probabilities_may_sum_to_one_as_published_weights_do():
-    assert len(batch_at(plan(probabilities=(0.5, 0.5000009)), 0)) == 4
+    for draws in ("stratified", "independent"):
+        for composition in ("homogeneous", "mixed"):
+            some = plan(probabilities=(0.5, 0.5000009), draws=draws, composition=composition)
+            assert len(batch_at(some, 0)) == 4
     assert task_counts(plan(probabilities=(0.0, 1.0), sizes=(0, 3), composition="mixed"), 5).tolist() == [0, 4]
 
 

@@ -114,6 +114,12 @@ def test_clip_leaves_a_short_vector():
     assert clip_by_l2_norm(torch.zeros(3), 1.0).tolist() == [0, 0, 0]
 
 
+def test_clip_adds_a_millionth_to_the_norm():
+    # norm 1e-6, max_norm 1e-6: half of it
+    clipped_G = clip_by_l2_norm(tensor([6e-7, 8e-7]), 1e-6)
+    assert (clipped_G * 1e7).tolist() == pytest.approx([3, 4]) and clipped_G.dtype == torch.float32
+
+
 def test_clip_survives_the_largest_float():
     largest = torch.finfo(torch.float32).max
     assert clip_by_l2_norm(tensor([largest, 1.0]), 1.0).tolist() == pytest.approx([1.0, 0.0])
