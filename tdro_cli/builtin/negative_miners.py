@@ -79,8 +79,9 @@ class Dense:
 
     `token_budget`: tokens, padding included, that go through the model at once. `prompts`: "task" puts the task's
     prompt before its queries, "model" the model's own; "auto" is "task" for models that we saved. `dtype`: the
-    precision to compute in. `cache`: the folder of the embeddings, named by their content, so that another run with
-    the same model and text encodes nothing (default: the one of the run, else a temporary one).
+    precision to compute in. `query_length`, `passage_length`: tokens that are read of a text, prompt included (default:
+    the model's own). `cache`: the folder of the embeddings, named by their content, so that another run with the same
+    model and text encodes nothing (default: the one of the run, else a temporary one).
     """
 
     divides: ClassVar = True
@@ -90,6 +91,8 @@ class Dense:
     token_budget: int = 16384
     prompts: Literal["auto", "task", "model"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    query_length: int | None = None
+    passage_length: int | None = None
     cache: str | None = None
 
     def mine(self, queries: Sequence[Text], corpus: Iterable[Text], *, depth: int) -> Iterator[Ranking]:
@@ -103,7 +106,13 @@ class Dense:
 
         from tdro_cli.model.embedding import load_embedder
 
-        embedder = load_embedder(self.source, token_budget=self.token_budget, dtype=self.dtype)
+        embedder = load_embedder(
+            self.source,
+            token_budget=self.token_budget,
+            dtype=self.dtype,
+            query_length=self.query_length,
+            passage_length=self.passage_length,
+        )
         ours = (Path(self.source) / "tdro_encoder.json").is_file()
         use_task_prompt = self.prompts == "task" or (self.prompts == "auto" and ours)
         with ExitStack() as stack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +116,8 @@ def load_embedder(
     dtype: Literal["float32", "bfloat16"] = "float32",
     attention: str = "sdpa",
     contract: EncoderContract | None = None,
+    query_length: int | None = None,
+    passage_length: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Embedder:
@@ -122,8 +125,8 @@ def load_embedder(
 
     `source` is a folder, also that of a run, or a hub name; `dtype` the precision to compute in ("float32",
     "bfloat16"); `contract` what to use instead of the model's own. A plain model has none: then last-token pooling for
-    a decoder and mean pooling for an encoder, normalised, 512 tokens, no prompt. An adapter is merged into its base
-    model.
+    a decoder and mean pooling for an encoder, normalised, 512 tokens, no prompt. `query_length` and `passage_length`
+    take the place of the contract's. An adapter is merged into its base model.
     Raises TdroError if there is no such model, or it needs a step that we don't have.
     """
     source = model_folder(source)
@@ -143,6 +146,8 @@ def load_embedder(
         contract = _sentence_transformers_contract(folder, modules, loaded)
     elif contract is None:
         contract = _plain_contract(loaded)
+    lengths = {"query_length": query_length, "passage_length": passage_length}
+    contract = replace(contract, **{name: length for name, length in lengths.items() if length is not None})
     check_lengths(loaded.model, contract, where=str(source))
     try:
         encoder = TextEncoder(

@@ -1,6 +1,6 @@
 """Fingerprints of many texts at once, and indexes that find near ones: SimHash and MinHash.
 
-Q texts, H held-out texts, S shingles, P permutations.
+Q texts, H held-out texts, S shingles, P permutations; B texts of a block, L windows of the longest of them.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
 
 WIDTH = 4  # characters of a shingle
-MAX_CHARACTERS = 0xFFFE  # distinct ones that a table can name with 16 bits; 0 pads, 0xFFFF marks an empty slot
+MAX_CHARACTERS = 0xFFFE  # distinct ones that 16 bits can name, besides these two
+DROPPED, UNSEEN = 0, 0xFFFF  # a character that is no letter or digit, and pads; one that has no name yet
+OUTSIDE = np.uint64(0xFFFF_FFFF_FFFF_FFFE)  # no window: it holds the character 0xFFFF and is not `EMPTY`
 EMPTY = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 MULTIPLIER = np.uint64(0x9E37_79B9_7F4A_7C15)  # 2**64 / golden ratio: Fibonacci hashing
 MIN_BITS, MAX_BITS = 16, 22  # slots of a shingle table; at the most 64 MB
 ENTRY = np.dtype([("key", np.uint64), ("value", np.uint64)])  # side by side: one access to memory finds both
-BLOCK = 1 << 16  # shingles looked up together
+BLOCK = 1 << 16  # windows looked up, and counted, together: so many stay in the processor's cache
 MD5_START = [np.uint32(word) for word in (0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476)]
 MD5_CONSTANTS = [np.uint32(int(abs(math.sin(step + 1)) * 2**32)) for step in range(64)]
 MD5_SHIFTS = ((7, 12, 17, 22), (5, 9, 14, 20), (4, 11, 16, 23), (6, 10, 15, 21))
@@ -61,11 +62,10 @@ class SimHasher:
     """
 
     def __init__(self) -> None:
-        self.is_kept = _is_letter_or_digit()
         self._forget()
 
     def _forget(self) -> None:
-        self.id_of = np.zeros(0x110000, np.uint16)
+        self.id_of = np.full(0x110000, UNSEEN, np.uint16)
         self.utf8_of = np.zeros(MAX_CHARACTERS + 1, np.uint32)
         self.utf8_length_of = np.zeros(MAX_CHARACTERS + 1, np.uint64)
         self.num_characters = 0
@@ -75,22 +75,31 @@ class SimHasher:
         """Fingerprints [Q] uint64."""
         if not texts:
             return np.empty(0, np.uint64)
-        # only Σ needs its text's own preparation: else an underscore is dropped like any other sign
-        joined = "\n".join(texts)
+        joined = "".join(texts)
+        # only Σ is lower-cased by what stands around it, and needs its text's own preparation; elsewhere an underscore
+        # is dropped like any other sign
         if "Σ" in joined:
-            texts = [release_text(text) if "Σ" in text else text for text in texts]
-            joined = "\n".join(texts)
-        # only İ would become two characters, of which the second is dropped
-        joined = joined.replace("İ", "i").lower() + "\n"
+            texts = [release_text(text).lower() if "Σ" in text else text for text in texts]
+            joined = "".join(texts)
         code = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32)
-        length = np.fromiter(map(len, texts), np.int64, len(texts)) + 1  # with the line break, which is dropped
-        kept = self.is_kept[code]
-        num_kept = sums_of_runs(kept, length)
-        character = self._character_ids(code[kept])
+        character = self._character_ids(code)
         if character is None:
             return self._in_halves(texts)
-        key, num_shingles = _shingle_keys(character, num_kept)
-        return _majority(self.table.hashes(key, self._md5_tails), num_shingles)
+        kept = character != DROPPED
+        num_kept = sums_of_runs(kept, np.fromiter(map(len, texts), np.int64, len(texts)))
+        return self._fingerprints(character[kept], num_kept)
+
+    def _fingerprints(self, character: np.ndarray, length_Q: np.ndarray) -> np.ndarray:
+        """Fingerprints [Q] of texts that stand one after the other in `character`."""
+        fingerprint_Q = np.empty(len(length_Q), np.uint64)
+        start_Q = np.cumsum(length_Q) - length_Q
+        blocks = list(_blocks_of_like_length(length_Q))
+        windows = [_windows(character, start_Q[rows], length_Q[rows]) for rows in blocks]
+        hashes = self.table.hashes([key_LB.reshape(-1) for key_LB, _ in windows], self._md5_tails)
+        for rows, (key_LB, num_windows_B), hash_S in zip(blocks, windows, hashes, strict=True):
+            fingerprint_Q[rows] = _majority(hash_S.reshape(key_LB.shape), num_windows_B)
+        # the last 8 bytes of an MD5 are read as one number, the first byte highest
+        return fingerprint_Q.astype("<u8").view(">u8").astype(np.uint64)
 
     def _in_halves(self, texts: Sequence[str]) -> np.ndarray:
         """For texts of more distinct characters than 16 bits can name."""
@@ -100,23 +109,37 @@ class SimHasher:
         return np.concatenate([self(texts[:middle]), self(texts[middle:])])
 
     def _character_ids(self, code: np.ndarray) -> np.ndarray | None:
-        """Numbers from 1 for characters, in the order of their coming; None if there are too many at once."""
-        character = self.id_of[code]
-        if character.all():
+        """Numbers from 1 for lower-case characters, in the order of their coming; None if there are too many at once.
+
+        0 for those that are neither letter nor digit.
+        """
+        character = self.id_of.take(code)
+        unseen = character == UNSEEN
+        if not unseen.any():
             return character
-        new = np.unique(code[character == 0])
-        if self.num_characters + len(new) > MAX_CHARACTERS:
+        if not self._name(np.unique(code[unseen])):
             self._forget()
-            new = np.unique(code)
-            if len(new) > MAX_CHARACTERS:
+            if not self._name(np.unique(code)):
                 return None
+        return self.id_of.take(code)
+
+    def _name(self, new: np.ndarray) -> bool:
+        """Gives numbers to characters; False where 16 bits have too few."""
+        # only İ becomes two characters, of which the second is dropped
+        lower = {code: chr(code).lower()[0] for code in new.tolist()}
+        kept = sorted({ord(one) for one in lower.values() if one.isalnum()})
+        named = [code for code in kept if self.id_of[code] == UNSEEN]
+        if self.num_characters + len(named) > MAX_CHARACTERS:
+            return False
         first = self.num_characters + 1
-        self.num_characters += len(new)
-        self.id_of[new] = np.arange(first, first + len(new))
-        encoded = [chr(code).encode() for code in new.tolist()]
-        self.utf8_of[first : first + len(new)] = [int.from_bytes(one, "little") for one in encoded]
-        self.utf8_length_of[first : first + len(new)] = [len(one) for one in encoded]
-        return self.id_of[code]
+        self.num_characters += len(named)
+        self.id_of[named] = np.arange(first, first + len(named))
+        encoded = [chr(code).encode() for code in named]
+        self.utf8_of[first : first + len(named)] = [int.from_bytes(one, "little") for one in encoded]
+        self.utf8_length_of[first : first + len(named)] = [len(one) for one in encoded]
+        for code, one in lower.items():
+            self.id_of[code] = self.id_of[ord(one)] if one.isalnum() else DROPPED
+        return True
 
     def _md5_tails(self, key: np.ndarray) -> np.ndarray:
         """The last 8 bytes of the MD5 of each shingle's UTF-8."""
@@ -158,27 +181,41 @@ def _md5_block(message: np.ndarray, length_S: np.ndarray) -> np.ndarray:
     words[4] = np.where(length_S == 16, np.uint32(0x80), np.uint32(0))  # the end mark of a message of 16 bytes
     words[14] = (length_S * np.uint64(8)).astype(np.uint32)
     a, b, c, d = (np.full(len(length_S), start, np.uint32) for start in MD5_START)
-    for step in range(64):
+    mixed = np.empty_like(a)
+    for step in range(63):  # the last one makes no part of these 8 bytes
         turn = step // 16
         if turn == 0:
-            mixed, index = d ^ (b & (c ^ d)), step
+            np.bitwise_xor(c, d, out=mixed)
+            mixed &= b
+            mixed ^= d
+            index = step
         elif turn == 1:
-            mixed, index = c ^ (d & (b ^ c)), (5 * step + 1) % 16
+            np.bitwise_xor(b, c, out=mixed)
+            mixed &= d
+            mixed ^= c
+            index = (5 * step + 1) % 16
         elif turn == 2:
-            mixed, index = b ^ c ^ d, (3 * step + 5) % 16
+            np.bitwise_xor(b, c, out=mixed)
+            mixed ^= d
+            index = (3 * step + 5) % 16
         else:
-            mixed, index = c ^ (b | ~d), 7 * step % 16
+            np.invert(d, out=mixed)
+            mixed |= b
+            mixed ^= c
+            index = 7 * step % 16
         mixed += a
         mixed += MD5_CONSTANTS[step]
         if index in words:
             mixed += words[index]
         shift = MD5_SHIFTS[turn][step % 4]
-        turned = mixed << np.uint32(shift)
-        turned |= mixed >> np.uint32(32 - shift)
-        turned += b
-        a, b, c, d = d, turned, b, c
-    c, d = c + MD5_START[2], d + MD5_START[3]
-    return (c.astype(np.uint64) | d.astype(np.uint64) << np.uint64(32)).astype("<u8").view(np.uint64)
+        np.left_shift(mixed, np.uint32(shift), out=a)
+        mixed >>= np.uint32(32 - shift)
+        a |= mixed
+        a += b
+        a, b, c, d = d, a, b, c
+    b += MD5_START[2]
+    c += MD5_START[3]
+    return (b.astype(np.uint64) | c.astype(np.uint64) << np.uint64(32)).astype("<u8").view(np.uint64)
 
 
 def sums_of_runs(value: np.ndarray, length_Q: np.ndarray) -> np.ndarray:
@@ -187,56 +224,77 @@ def sums_of_runs(value: np.ndarray, length_Q: np.ndarray) -> np.ndarray:
     return np.add.reduceat(np.append(value, 0), start, dtype=np.int64) * (length_Q > 0)
 
 
-@cache
-def _is_letter_or_digit() -> np.ndarray:
-    """For every code point, whether the pattern \\w keeps it (underscores are gone before)."""
-    return np.fromiter(map(str.isalnum, map(chr, range(0x110000))), bool, 0x110000)
+def _blocks_of_like_length(length_Q: np.ndarray) -> Iterator[np.ndarray]:
+    """Indices of the texts, longest first, so that those of a block have about `BLOCK` windows, padding included."""
+    order, start = np.argsort(-length_Q, kind="stable"), 0
+    while start < len(order):
+        count = max(1, BLOCK // _num_windows(length_Q[order[start]]))
+        yield order[start : start + count]
+        start += count
 
 
-def _shingle_keys(character: np.ndarray, length_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All windows of 4 characters as 64-bit keys [S], text after text, and their number per text [Q].
+def _num_windows(length: np.ndarray) -> np.ndarray:
+    """A text of fewer than 4 characters is one window."""
+    return np.maximum(length - (WIDTH - 1), 1)
 
-    A text of fewer characters is one window, padded with 0.
+
+def _windows(character: np.ndarray, start_B: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All windows of 4 characters as keys [L, B] uint64, `OUTSIDE` behind a text's last, and their number [B].
+
+    The first character is the lowest 16 bits; a text of fewer than 4 is padded with 0. The longest text comes first.
     """
-    short = length_Q < WIDTH
-    if short.any():
-        pad = np.where(short, WIDTH - length_Q, 0)
-        padded = np.zeros(len(character) + int(pad.sum()), np.uint16)
-        padded[np.arange(len(character)) + np.repeat(np.cumsum(pad) - pad, length_Q)] = character
-        character, length_Q = padded, length_Q + pad
-    wide = character.astype(np.uint64)
-    pair = wide[:-1] | wide[1:] << np.uint64(16)
-    key = pair[:-2] | pair[2:] << np.uint64(32)
-    inside = np.ones(len(character), bool)
-    last = np.cumsum(length_Q)
-    for back in range(1, WIDTH):
-        inside[last - back] = False
-    return key[inside[: len(key)]], length_Q - (WIDTH - 1)
+    num_windows_B = _num_windows(length_B)
+    position = np.arange(int(num_windows_B[0]) + WIDTH - 1)[:, None]
+    place = position + start_B
+    inside = position < length_B
+    padded = np.append(character, np.uint16(0))
+    character_LB = padded.take(np.where(inside, place, len(character))).astype(np.uint64)
+    pair = character_LB[:-1] | character_LB[1:] << np.uint64(16)
+    key_LB = pair[:-2] | pair[2:] << np.uint64(32)
+    return np.where(position[: len(key_LB)] < num_windows_B, key_LB, OUTSIDE), num_windows_B
 
 
-def _majority(hash_S: np.ndarray, num_shingles_Q: np.ndarray) -> np.ndarray:
-    """Bitwise majority of each text's hashes: [Q] uint64.
+def _majority(hash_LB: np.ndarray, num_windows_B: np.ndarray) -> np.ndarray:
+    """The bits that more than half of a text's hashes have: [B] uint64. Padding must be 0; `hash_LB` is overwritten.
 
-    The bits of a hash become 64 bytes, added eight at a time as 64-bit words: exact for 255 hashes, so longer texts are
-    added in pieces.
+    All 64 bits are counted at once: `count[i]` holds bit i of the 64 counts of each text.
     """
-    piece, block = 255, 256
-    num_pieces = -(-num_shingles_Q // piece)
-    first_piece = np.cumsum(num_pieces) - num_pieces
-    start = np.cumsum(num_shingles_Q) - num_shingles_Q
-    if len(start) < num_pieces.sum():
-        index = np.arange(num_pieces.sum()) - np.repeat(first_piece, num_pieces)
-        start = np.repeat(start, num_pieces) + index * piece
-    count = np.empty((len(start), 8), np.uint64)
-    for low in range(0, len(start), block):
-        high = start[low + block] if low + block < len(start) else len(hash_S)
-        bits = np.unpackbits(hash_S[start[low] : high].view(np.uint8)).view(np.uint64).reshape(-1, 8)
-        np.add.reduceat(bits, start[low : low + block] - start[low], axis=0, out=count[low : low + block])
-    count = count.view(np.uint8)
-    if len(start) > len(num_shingles_Q):
-        count = np.add.reduceat(count.astype(np.int64), first_piece, axis=0)
-    set_bits = np.packbits(count > (num_shingles_Q // 2)[:, None], axis=1)
-    return set_bits.view(">u8")[:, 0].astype(np.uint64)
+    count = _bit_counts(hash_LB)
+    least = (num_windows_B // 2).astype(np.uint64)
+    above, equal = np.zeros(len(least), np.uint64), np.full(len(least), EMPTY)
+    for i in reversed(range(len(count))):
+        bit_of_least = np.uint64(0) - (least >> np.uint64(i) & np.uint64(1))  # in all 64 places
+        above |= equal & count[i] & ~bit_of_least
+        equal &= ~(count[i] ^ bit_of_least)
+    return above
+
+
+def _bit_counts(row_LB: np.ndarray) -> list[np.ndarray]:
+    """How many rows have each bit, as binary digits, lowest first: a list of [B] uint64. Overwrites the rows.
+
+    Three rows of one digit become one of that digit and a carry of the next (a carry-save adder).
+    """
+    digits = []
+    while len(row_LB):
+        carry = np.empty((len(row_LB) // 2, row_LB.shape[1]), np.uint64)
+        num_carries = 0
+        while len(row_LB) > 1:
+            third = max(len(row_LB) // 3, 1)
+            a, b, c = row_LB[:third], row_LB[third : 2 * third], row_LB[2 * third : 3 * third]
+            carried = carry[num_carries : num_carries + third]
+            num_carries += third
+            np.bitwise_and(a, b, out=carried)
+            a ^= b
+            if len(c):
+                np.bitwise_and(a, c, out=b)
+                carried |= b
+                a ^= c
+            rest = row_LB[3 * third :]
+            row_LB[third : third + len(rest)] = rest
+            row_LB = row_LB[: third + len(rest)]
+        digits.append(row_LB[0])
+        row_LB = carry[:num_carries]
+    return digits
 
 
 class ShingleTable:
@@ -250,20 +308,20 @@ class ShingleTable:
         self.entries = np.zeros(1 << bits, ENTRY)
         self.keys, self.values = self.entries["key"], self.entries["value"]  # views
         self.keys[:] = EMPTY
+        self._insert(np.array([OUTSIDE]), np.zeros(1, np.uint64))
 
-    def hashes(self, key_S: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """The hash of each shingle: [S] uint64. `compute(keys)` gives those of keys that are new."""
-        parts = [self._hashes(key_S[low : low + BLOCK], compute) for low in range(0, len(key_S), BLOCK)]
-        return np.concatenate(parts) if parts else np.empty(0, np.uint64)
-
-    def _hashes(self, key_S: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        value, absent = self._find(key_S)
-        if len(absent):
-            new, where = np.unique(key_S[absent], return_inverse=True)
-            tails = compute(new)
-            value[absent] = tails[where]
-            self._remember(new, tails)
-        return value
+    def hashes(self, keys: Sequence[np.ndarray], compute: Callable[[np.ndarray], np.ndarray]) -> list[np.ndarray]:
+        """The hash of each shingle: [S] uint64 for each of `keys`. `compute(keys)` gives those of keys that are new."""
+        found = [self._find(key_S) for key_S in keys]
+        new = [key_S[absent] for key_S, (_, absent) in zip(keys, found, strict=True)]
+        if any(map(len, new)):
+            distinct, where = np.unique(np.concatenate(new), return_inverse=True)
+            tails = compute(distinct)
+            ends = np.cumsum([len(absent) for _, absent in found])[:-1]
+            for (value_S, absent), places in zip(found, np.split(where, ends), strict=True):
+                value_S[absent] = tails[places]
+            self._remember(distinct, tails)
+        return [value_S for value_S, _ in found]
 
     def _slots(self, key: np.ndarray) -> np.ndarray:
         return (key * MULTIPLIER >> np.uint64(64 - self.bits)).view(np.int64)
@@ -292,10 +350,12 @@ class ShingleTable:
         """Adds distinct new keys."""
         if self.used + len(key) > len(self.keys) // 2:
             old = self.entries[self.keys != EMPTY]
-            bits = max(self.bits, (2 * (self.used + len(key)) - 1).bit_length())
-            if bits > MAX_BITS:
+            needed = (2 * (self.used + len(key)) - 1).bit_length()
+            bits = max(self.bits, min(needed + 1, MAX_BITS))  # one more, as what is there must be put in anew
+            if needed > MAX_BITS:
                 self._clear(MAX_BITS)
-                key, value = key[: len(self.keys) // 2], value[: len(self.keys) // 2]
+                room = len(self.keys) // 2 - self.used
+                key, value = key[:room], value[:room]
             else:
                 self._clear(bits)
                 self._insert(old["key"], old["value"])

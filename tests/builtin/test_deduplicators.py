@@ -154,6 +154,19 @@ def test_more_characters_than_a_table_can_name():
     assert hasher(["".join(letters)])[0] == Simhash("".join(letters)).value
 
 
+def test_every_letter_is_lower_cased_and_kept_as_python_does():
+    codes = [code for code in range(0x110000) if chr(code).isalnum() or chr(code) != chr(code).lower()]
+    contents = [chr(code) for code in codes[:: len(codes) // 8000]] + [chr(code) for code in codes if code < 0x2000]
+    assert SimHasher()(contents).tolist() == [plain_fingerprint(text) for text in contents]
+
+
+def test_bits_are_counted_exactly_whatever_the_lengths_of_the_texts():
+    source = random.Random(3)
+    contents = ["".join(source.choices("ab", k=length)) for length in [*range(70), 255, 256, 257, 258, 259, 1023, 5000]]
+    source.shuffle(contents)
+    assert SimHasher()(contents).tolist() == [plain_fingerprint(text) for text in contents]
+
+
 def test_a_full_shingle_table_forgets_and_goes_on(monkeypatch):
     from tdro_cli.retrieve import fingerprints
 
@@ -162,7 +175,9 @@ def test_a_full_shingle_table_forgets_and_goes_on(monkeypatch):
     table = ShingleTable()
     for low in range(0, 500, 25):
         keys = np.arange(low, low + 60, dtype=np.uint64)
-        assert table.hashes(keys, lambda new: new * np.uint64(7)).tolist() == (keys * np.uint64(7)).tolist()
+        parts = [keys[:20], keys[20:20], keys[10:]]  # some are new in two parts
+        found = table.hashes(parts, lambda new: new * np.uint64(7))
+        assert [part.tolist() for part in found] == [(part * np.uint64(7)).tolist() for part in parts]
         assert table.used <= 32
 
 
