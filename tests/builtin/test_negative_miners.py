@@ -69,6 +69,17 @@ def test_bm25_refuses_what_it_cannot_do(options, words):
         resolve("negative_miners", "bm25", options)
 
 
+def test_dense_reads_as_many_tokens_as_it_is_told(model, tmp_path):
+    begins_alike = [Text("d1", CORPUS[0].text), Text("d2", CORPUS[0].text + " Blood pressure is measured in the arm.")]
+    short = Dense(model, query_length=8, passage_length=6, cache=str(tmp_path))
+    (one, *_) = short.mine(QUERIES, begins_alike, depth=2)
+    assert one.scores[0] == one.scores[1]
+    (one, *_) = Dense(model, cache=str(tmp_path)).mine(QUERIES, begins_alike, depth=2)  # not from the same embeddings
+    assert one.scores[0] != one.scores[1]
+    with pytest.raises(TdroError, match="positions"), Dense(model, passage_length=10**6).session():
+        pass
+
+
 def test_dense_ranks_every_passage_by_inner_product(model):
     from tdro_cli.model.embedding import load_embedder
 
