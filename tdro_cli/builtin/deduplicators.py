@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,12 +18,18 @@ if TYPE_CHECKING:
     Matches = tuple[np.ndarray, np.ndarray, np.ndarray]  # row in the chunk, held-out text, similarity; sorted
 
 DENSE = "\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"  # Han, kana, Hangul, Yi: a character says a lot
+UNSPACED = DENSE + "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # and Thai, Lao, Burmese, Khmer: no spaces between words
 BESIDE_DENSE = re.compile(f"(?<=[{DENSE}]) | (?=[{DENSE}])")
+UNSPACED_CHARACTER = re.compile(f"[{UNSPACED}]")
 BEYOND_BMP = re.compile("[\U00010000-\U0010ffff]")
-WORD = re.compile(f"[{DENSE}]|[^ {DENSE}]+")
+WORD = re.compile(f"[{UNSPACED}]|[^ {UNSPACED}]+")
 LEAD_IN = re.compile(r"[^:：]{1,40}[:：]\s*")  # "Question: ", "Please tell me: "
 SHORT = 150  # shingles; a lead-in of 40 characters leaves a longer text above every sensible threshold
 MAX_TYPOS = 4  # in a text, besides one word in twenty; with more it is another one
+SHORT_WORD = 4  # letters; one letter makes another word of it, so more must speak for a slip
+LONG_TEXT = 8  # words, or LONG_UNSPACED characters: the rest says that it is the same question
+LONG_UNSPACED = 12
+COMMON = 3  # held-out texts that have a word which is often mistyped, as "of" and "the" are
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ class SimHash:
     execution_options: ClassVar = ("processes",)
 
     max_distance: int = 2
-    processes: int | None = None
-    """for large inputs; null: as many as there are cores"""
+    processes: int | None = 1
+    """for large inputs; null: as many as there are cores. Handing a text over costs about what hashing it does"""
 
     def __post_init__(self) -> None:
         _check_processes(self.processes)
@@ -191,30 +197,54 @@ def jaccard(one: set[str], other: set[str]) -> float:
     return common / ((len(one) + len(other) - common) or 1)
 
 
-def only_slips(one: str, other: str) -> bool:
+def only_slips(one: str, other: str, held_out_words: Mapping[str, int] = {}) -> bool:
     """Whether two normalised texts differ only in words left out, added, moved or mistyped, not exchanged for others.
 
-    One exchanged word in twenty is allowed, no exchanged number.
+    One exchanged word in twenty is allowed, no exchanged number; and, for a common word or in a long text, one short
+    word of `one` with a letter more or less than one of `other`, or a wrong one that makes no held-out word of it.
+    `held_out_words`: {word: number of held-out texts that have it}.
     """
     words, others = WORD.findall(one), WORD.findall(other)
     allowed = max(len(words), len(others)) // 20
     counted, counted_others = Counter(words), Counter(others)
     left, right = list((counted - counted_others).elements()), list((counted_others - counted).elements())
-    if any(map(_has_digit, left)) and any(map(_has_digit, right)) and "".join(left) != "".join(right):
+    if _digits(left) and _digits(right) and _digits(left) != _digits(right):
         return False
     if min(len(left), len(right)) > 2 * allowed + MAX_TYPOS:
         return False
-    return _exchanged(left, right, allowed) <= allowed
+    exchanged = _exchanged(left, right, allowed + 1)
+    if exchanged == allowed + 1:
+        exchanged -= _has_short_slip(left, right, held_out_words, len(others))
+    return exchanged <= allowed
 
 
-def _has_digit(word: str) -> bool:
-    return any(map(str.isdigit, word))
+def _digits(words: Iterable[str]) -> str:
+    return "".join(character for word in words for character in word if character.isdigit())
 
 
-def _exchanged(words: Sequence[str], others: Sequence[str], allowed: int) -> int:
+def _has_short_slip(
+    words: Sequence[str], others: Sequence[str], held_out_words: Mapping[str, int], num_words: int
+) -> bool:
+    """Whether one of the words is a mistyped one of the others, though too short for `is_typo`."""
+    return any(
+        (num_words >= LONG_UNSPACED and UNSPACED_CHARACTER.match(other) and UNSPACED_CHARACTER.match(word))
+        or (
+            len(word) <= SHORT_WORD + 1
+            and 2 <= len(other) <= SHORT_WORD
+            and (len(word) != len(other) or word not in held_out_words)
+            and (num_words >= LONG_TEXT or held_out_words.get(other, 0) >= COMMON)
+            and not is_typo(word, other)
+            and one_slip(word, other)
+        )
+        for word in words
+        for other in others
+    )
+
+
+def _exchanged(words: Sequence[str], others: Sequence[str], most: int) -> int:
     """How many words stand for other ones, rather than being mistyped, split, joined, left out or added.
 
-    Counts no further than one above `allowed`.
+    Counts no further than `most`.
     """
     if "".join(words) == "".join(others):
         return 0
@@ -226,7 +256,7 @@ def _exchanged(words: Sequence[str], others: Sequence[str], allowed: int) -> int
         near = next((other for other in alike if is_typo(word, other)), None)
         if near is None:
             exchanged += 1
-            if exchanged > allowed:
+            if exchanged > most:
                 break
         else:
             many.remove(near)
@@ -234,22 +264,24 @@ def _exchanged(words: Sequence[str], others: Sequence[str], allowed: int) -> int
 
 
 def is_typo(word: str, other: str) -> bool:
-    """Whether one slip lies between: a letter too many, too few, wrong, or two swapped.
+    """Whether one slip lies between, and the word is long enough to be known again.
 
-    Only from 3 letters on, and a wrong letter only from 5: shorter words so near are mostly different words.
+    From 3 letters on, and for a wrong letter from 5: shorter words so near are mostly different words.
     """
-    if word == other:
-        return True
-    if not -1 <= len(word) - len(other) <= 1:
+    least = 5 if len(word) == len(other) and Counter(word) != Counter(other) else 3
+    return min(len(word), len(other)) >= least and one_slip(word, other)
+
+
+def one_slip(one: str, other: str) -> bool:
+    """Whether two texts are equal, or one letter is too many, too few or wrong, or two neighbours are swapped."""
+    if not -1 <= len(one) - len(other) <= 1:
         return False
-    short, long = sorted([word, other], key=len)
-    if len(short) < 3:
-        return False
+    short, long = sorted([one, other], key=len)
     start = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
     if len(short) < len(long):
         return short[start:] == long[start + 1 :]
     swapped = short[start : start + 2] == long[start : start + 2][::-1] and short[start + 2 :] == long[start + 2 :]
-    return swapped or (len(short) >= 5 and short[start + 1 :] == long[start + 1 :])
+    return swapped or short[start + 1 :] == long[start + 1 :]
 
 
 def without_lead_in(text: str) -> str | None:
@@ -295,6 +327,9 @@ class _SameQuestions:
 
         self.held_out, self.threshold = held_out, threshold
         self.normalized = [normalized(text) for text in held_out]
+        self.words = Counter(
+            word for text in self.normalized for word in set(WORD.findall(text)) if len(word) <= SHORT_WORD + 1
+        )
         self.latest: tuple[int, set[str]] = (-1, set())
         self.hasher = MinHasher(num_permutations)
         signatures = self._signatures(self.normalized)
@@ -331,8 +366,8 @@ class _SameQuestions:
         if key == other:
             return 1.0 if key else None
         similarity = jaccard(own, self._shingles(h))
-        if similarity >= self.threshold:
-            return similarity if only_slips(key, other) else None
+        if similarity >= self.threshold or (len(own) < SHORT and one_slip(key, other)):
+            return similarity if only_slips(key, other, self.words) else None
         if other == without_lead_in(text) or key == without_lead_in(self.held_out[h]):
             return similarity
         return None
