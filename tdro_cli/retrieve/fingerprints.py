@@ -228,7 +228,7 @@ def _blocks_of_like_length(length_Q: np.ndarray) -> Iterator[np.ndarray]:
     """Indices of the texts, longest first, so that those of a block have about `BLOCK` windows, padding included."""
     order, start = np.argsort(-length_Q, kind="stable"), 0
     while start < len(order):
-        count = max(1, BLOCK // _num_windows(length_Q[order[start]]))
+        count = max(1, BLOCK // int(_num_windows(length_Q[order[start]])))
         yield order[start : start + count]
         start += count
 
