@@ -146,8 +146,10 @@ def load_embedder(
         contract = _sentence_transformers_contract(folder, modules, loaded)
     elif contract is None:
         contract = _plain_contract(loaded)
-    lengths = {"query_length": query_length, "passage_length": passage_length}
-    contract = replace(contract, **{name: length for name, length in lengths.items() if length is not None})
+    if query_length is not None:
+        contract = replace(contract, query_length=query_length)
+    if passage_length is not None:
+        contract = replace(contract, passage_length=passage_length)
     check_lengths(loaded.model, contract, where=str(source))
     try:
         encoder = TextEncoder(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,12 +33,14 @@ class Tally:
         pool: Pool,
         kept: Sequence[Candidate],
         chosen: Sequence[Candidate],
-        mined: Sequence[Passage],
+        num_mined: int,
+        mined: Callable[[], Sequence[Passage]],
         order: float,
     ) -> None:
         """One row: `found` passages in its ranking, `kept` by the margin, `chosen`, `mined` with padding.
 
-        `order`: a random number; the rows with the lowest are shown.
+        `mined` is asked only where its texts are looked at. `order`: a random number; the rows with the lowest are
+        shown.
         """
         best = pool.positive_score
         self.counts.update(
@@ -55,7 +57,7 @@ class Tally:
             dropped_as_equal_text=pool.equal_texts,
             mined=len(chosen),
             mined_above_positive=0 if best is None else sum(candidate.score > best for candidate in chosen),
-            padded=len(mined) - len(chosen),
+            padded=num_mined - len(chosen),
         )
         self.ranks.update(candidate.rank for candidate in chosen)
         if pool.positive_rank:
@@ -63,15 +65,15 @@ class Tally:
         self._note_answers(example, mined)
         self._show(example, pool, mined, order)
 
-    def _note_answers(self, example: Example, mined: Sequence[Passage]) -> None:
+    def _note_answers(self, example: Example, mined: Callable[[], Sequence[Passage]]) -> None:
         if answers := [normalised(answer) for answer in _answers(example)]:
-            texts = [normalised(passage_text(passage)) for passage in mined]
+            texts = [normalised(passage_text(passage)) for passage in mined()]
             inside = sum(any(answer in text for answer in answers) for text in texts)
             self.counts.update(
-                rows_with_answers=1, negatives_of_rows_with_answers=len(mined), negatives_with_answer=inside
+                rows_with_answers=1, negatives_of_rows_with_answers=len(texts), negatives_with_answer=inside
             )
 
-    def _show(self, example: Example, pool: Pool, mined: Sequence[Passage], order: float) -> None:
+    def _show(self, example: Example, pool: Pool, mined: Callable[[], Sequence[Passage]], order: float) -> None:
         if len(self.shown) >= SHOWN_EXAMPLES and -order < self.shown[0][0]:
             return
         row = {
@@ -82,7 +84,7 @@ class Tally:
             "positive_score": None if pool.positive_score is None else round(pool.positive_score, 6),
             "negatives": [
                 {**passage.extra, "docid": passage.docid, "text": passage_text(passage)[:SHOWN_CHARACTERS]}
-                for passage in mined
+                for passage in mined()
             ],
         }
         self._add((-order, example.query_id, row))

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tdro_cli.protocols import Ranking
 
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from tdro_cli.recipe import PositiveMargin, Sampling
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A passage that a miner found: its rank from 1, known positives counted, and its score.
 
     `miner_score`: where a rescorer gave `score`, the score that it had before.
@@ -91,7 +90,7 @@ def pool_of(
 def rescored(pool: Pool, scores: Sequence[float], positive_scores: Sequence[float]) -> Pool:
     """The pool with other scores for its candidates, in their order, and for the known positives; best first again."""
     renewed = [
-        replace(candidate, score=score, miner_score=candidate.score)
+        candidate._replace(score=score, miner_score=candidate.score)
         for candidate, score in zip(pool.candidates, scores, strict=True)
     ]
     best = max(positive_scores, default=None)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 PART_QUERIES = (
     2048  # what a rank takes at a time: always whole parts, so that they are the same for any number of ranks
 )
+KNOWN_PLACES = 1 << 16  # docids whose place is remembered: some 10 MB
 ROWS_AT_ONCE = 64  # whose candidates are read, and rescored, together
 
 
@@ -335,6 +336,7 @@ class _TaskMining:
     def __init__(self, rows: _Rows, corpus: Corpus, section: Mine, seed: int, score: Scorer | None):
         self.rows, self.corpus, self.section, self.seed, self.score = rows, corpus, section, seed, score
         self.name, self.miner, self.tally = rows.store.name, section.negative_miner.name, Tally()
+        self._place_of: dict[str, int] = {}
 
     def choices(self, rows: Any, rankings: Iterator[Ranking]) -> Iterator[tuple[int, list]]:
         """(row, its negatives as [docid, what is known of it] pairs) for each of the rows, in their order."""
@@ -365,7 +367,7 @@ class _TaskMining:
 
     def _checked(self, ranking: Ranking | None, example: Example) -> np.ndarray:
         """The places of the ranked passages. A plugin may do anything, and a shifted ranking would spoil every row."""
-        problem, places = None, self.corpus.places([] if ranking is None else ranking.docids)
+        problem, places = None, self._places([] if ranking is None else ranking.docids)
         if ranking is None or ranking.query_id != example.query_id:
             found = "nothing" if ranking is None else f"a ranking for {ranking.query_id!r}"
             problem = f"gave {found} where query {example.query_id!r} was due"
@@ -378,6 +380,18 @@ class _TaskMining:
             remedy = "a miner yields one ranking a query, in the order of the queries"
             raise RunFailed(f"negative miner {self.miner!r} {problem}", where=f"task {self.name}", remedy=remedy)
         return places
+
+    def _places(self, docids: Sequence[str]) -> np.ndarray:
+        """As `Corpus.places`, which takes longer: a passage is found for many queries."""
+        import numpy as np
+
+        known = self._place_of
+        if new := [docid for docid in docids if docid not in known]:
+            if len(known) + len(new) > KNOWN_PLACES:
+                known.clear()
+                new = list(docids)
+            known.update(zip(new, self.corpus.places(new).tolist(), strict=True))
+        return np.fromiter(map(known.__getitem__, docids), np.int64, len(docids))
 
     def _rescore(self, seekers: Sequence[_Seeker]) -> None:
         """Scores all candidates and positives of the rows at once."""
@@ -415,9 +429,16 @@ class _TaskMining:
         if section.pad and len(chosen) < count:
             padding = self._padding(count - len(chosen), seeker, chosen, generator)
             found += [(docid, {"score": None, "rank": None, "miner": "random"}) for docid in padding]
-        places = self.corpus.places([docid for docid, _ in found]).tolist()
-        mined = [_negative(self.corpus, place, extra) for place, (_, extra) in zip(places, found, strict=True)]
-        self.tally.note(example, seeker.found, seeker.pool, candidates, chosen, mined, generator.random())
+        self.tally.note(
+            example,
+            seeker.found,
+            seeker.pool,
+            candidates,
+            chosen,
+            len(found),
+            lambda: _negatives(self.corpus, found),
+            generator.random(),
+        )
         return found
 
     def _provenance(self, candidate: Candidate) -> dict[str, Any]:
@@ -456,9 +477,11 @@ class _Seeker:
     texts: set[int]
 
 
-def _negative(corpus: Corpus, place: int, extra: Mapping[str, Any]) -> Passage:
-    passage = corpus.passage(place)
-    return Passage(passage.docid, passage.title, passage.text, extra)
+def _negatives(corpus: Corpus, found: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Passage]:
+    """The passages of [docid, what is known of it] pairs."""
+    places = corpus.places([docid for docid, _ in found]).tolist()
+    passages = zip(map(corpus.passage, places), found, strict=True)
+    return [Passage(passage.docid, passage.title, passage.text, extra) for passage, (_, extra) in passages]
 
 
 # ---- the rows as they are written ----
@@ -498,8 +521,5 @@ def _with_negatives(rows: _Rows, corpus: Corpus, choices: _Choices) -> Iterator[
         if rows.missing(example) <= 0:
             yield example
             continue
-        found = choices[row]
-        places = corpus.places([docid for docid, _ in found]).tolist()
-        mined = [_negative(corpus, place, extra) for place, (_, extra) in zip(places, found, strict=True)]
-        negatives = (*rows.kept(example), *mined)
+        negatives = (*rows.kept(example), *_negatives(corpus, choices[row]))
         yield Example(example.query_id, example.query, example.positives, negatives, example.extra)

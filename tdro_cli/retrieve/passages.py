@@ -32,6 +32,11 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
+def _string(written: str) -> str:
+    """A string from its JSON."""
+    return json.loads(written) if "\\" in written else written[1:-1]
+
+
 class PassageStore(Sequence[Text]):
     """The distinct passages that `write` put into a folder: places 0.. in an order that depends on docids alone.
 
@@ -66,7 +71,9 @@ class PassageStore(Sequence[Text]):
         import numpy as np
 
         self._hashes, self._offsets, self.keys = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("hashes", "offsets", "keys")
+            # plain views: an element of a memory map's own class takes four times as long
+            np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+            for name in ("hashes", "offsets", "keys")
         )
         with open(folder / "passages.jsonl", "rb") as file:
             self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
@@ -89,12 +96,12 @@ class PassageStore(Sequence[Text]):
 
     def passage(self, place: int) -> Passage:
         start = int(self._offsets[place])
-        docid, content = self._lines[start : self._lines.find(b"\n", start)].split(b"\t")
-        return Passage(json.loads(docid), *json.loads(content))
+        docid, content = self._lines[start : self._lines.find(b"\n", start)].decode().split("\t")
+        return Passage(_string(docid), *json.loads(content))
 
     def docid(self, place: int) -> str:
         start = int(self._offsets[place])
-        return json.loads(self._lines[start : self._lines.find(b"\t", start)])
+        return _string(self._lines[start : self._lines.find(b"\t", start)].decode())
 
     def places(self, docids: Iterable[str]) -> np.ndarray:
         """The place of each passage, -1 for those that are not here: int64."""
