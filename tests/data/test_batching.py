@@ -130,7 +130,7 @@ def test_unequal_tasks_of_mixed_batches_are_within_three_queries_in_the_first_st
 def test_a_share_of_next_to_nothing_waits_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert task_schedule(plan((9, 9), (1.0, 1e-310)), 100).tolist() == [0] * 100
+        assert task_schedule(plan((9, 9, 9), (1.0, 1e-310, 0.0)), 100).tolist() == [0] * 100
 
 
 def test_numbers_that_wrap_round_are_no_warning():
@@ -424,6 +424,8 @@ def test_schedules_stay_what_they_were():
     def first(draws):
         return task_schedule(plan((40, 30, 7), (0.5, 0.3, 0.2), 5, draws=draws, seed=1), 16).tolist()
 
+    # tasks of one deadline, in the order of the seed
+    assert task_schedule(plan((9,) * 6, (1 / 6,) * 6), 12).tolist() == [3, 1, 0, 5, 2, 4] * 2
     assert first("stratified") == [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1, 0, 2, 0, 1]
     assert first("independent") == [2, 1, 1, 0, 0, 1, 2, 2, 2, 0, 0, 0, 0, 2, 1, 0]
 
