@@ -4,8 +4,9 @@
 
 Real rows (TDRO_REAL_DATA) of 20 tasks in homogeneous batches, 1 positive and 1 hard negative a query, texts cut at 256
 tokens, the same tiny Qwen2 with mean pooling, float32. Each side trains in a process of its own on the same rows in the
-same order; they take turns, step by step. Memory is each process's peak. Ours is held to `--tokens` at once and as many
-tokens of kept activations, theirs to its default of 32 texts. Needs the extra `compare`. Prints one JSON object a line.
+same order; they take turns, step by step. Memory is each process's peak. Both have their defaults: on a CPU ours 2,048
+tokens at once and 12,288 with activations kept (or `--activation-tokens`), theirs 32 texts at once; threads wait as
+each side lets them. Needs the extra `compare`. Prints one JSON object a line.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ def recipe_text(tasks: list[dict[str, Any]], arguments: argparse.Namespace) -> s
                 "query_length": 256,
                 "passage_length": 256,
                 "temperature": 0.05,
-                "micro_batch_tokens": arguments.tokens,
-                "activation_tokens": arguments.tokens,
+                **({"activation_tokens": arguments.activation_tokens} if arguments.activation_tokens else {}),
             },
             "train_ref": {
                 "steps": FIRST + arguments.steps,
@@ -98,6 +98,9 @@ class OneStepATurn:
 
 
 def train_ours(folder: Path) -> None:
+    from tdro_cli.cli import let_threads_wait
+
+    let_threads_wait(os.environ)  # as the command does, before torch is there
     from tdro_cli import recipe as recipes
     from tdro_cli.run.launch import Machines, run_plan
     from tdro_cli.run.plan import make_plans
@@ -212,7 +215,7 @@ class Side:
     """A process that trains one step when told to."""
 
     def __init__(self, name: str, folder: Path, threads: int):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.name, self.wall, self.cpu, self.memory = name, 0.0, 0.0, 0
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--child", name, "--folder", str(folder)],
@@ -257,7 +260,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=8192, help="ours: at once, and of kept activations")
+    parser.add_argument("--activation-tokens", type=int, help="ours: kept activations, where not the default")
     parser.add_argument("--child", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -116,9 +116,10 @@ class Encoder(Section):
     temperature: float = Field(0.002, gt=0)
     """similarities are divided by it; the paper's value"""
     micro_batch_tokens: int = Field(16384, ge=1, json_schema_extra=EXECUTION)
-    """tokens, padding included, that go through the model at once"""
-    activation_tokens: int = Field(65536, ge=1, json_schema_extra=EXECUTION)
-    """tokens whose activations are kept at once; a larger batch is trained by gradient caching"""
+    """tokens, padding included, that go through the model at once; on a CPU never more than 2,048"""
+    activation_tokens: int | None = Field(None, ge=1, json_schema_extra=EXECUTION)
+    """tokens whose activations are kept at once; a larger batch is trained by gradient caching. Left out: 65,536 on a
+    GPU, 12,288 on a CPU"""
 
 
 class Lora(Section):

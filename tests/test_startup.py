@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from tdro_cli.cli import let_threads_wait
+
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "numpy", "pyarrow", "scipy", "faiss", "jnius"}
 
 
@@ -24,6 +26,18 @@ def test_help_imports_nothing_heavy(arguments):
     modules = imported(*arguments)
     assert "tdro_cli" in modules
     assert not modules & HEAVY
+
+
+def test_threads_wait_as_the_user_says_else_shortly():
+    waiting = {}
+    let_threads_wait(waiting)
+    assert waiting == {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+    for own in ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7"}):
+        let_threads_wait(own)
+        assert own["OMP_WAIT_POLICY"] in ("ACTIVE", "PASSIVE") and own.get("GOMP_SPINCOUNT") in (None, "7")
+    spinning = {"GOMP_SPINCOUNT": "7"}
+    let_threads_wait(spinning)
+    assert spinning["GOMP_SPINCOUNT"] == "7"
 
 
 def test_checking_and_listing_import_no_model_and_no_jvm():

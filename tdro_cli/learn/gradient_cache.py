@@ -1,7 +1,8 @@
 """Training on batches of any size with bounded memory: arXiv:2101.06983 (Gao et al.), around DeepSpeed's engine.
 
 Embeddings first, then the loss and its gradient at the embeddings, then each chunk once more, with its share of that
-gradient. Chunks whose activations fit are not forwarded twice. N texts, D embedding size.
+gradient. Chunks whose activations fit are not forwarded twice; equal texts are computed once. N texts, D embedding
+size.
 """
 
 from __future__ import annotations
@@ -14,27 +15,21 @@ import torch
 from torch import Tensor
 
 from tdro_cli.data.tokenization import TokenIds
-from tdro_cli.model.packing import chunk_tokens, cut, embed_batch, is_unpadded
+from tdro_cli.model.packing import Budget, chunk_tokens, cut, embed_batch, is_unpadded
 from tdro_cli.run.engine import Engine
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Tokens, padding included: at once through the model, and whose activations may be kept at once."""
-
-    micro_batch_tokens: int
-    activation_tokens: int
 
 
 @dataclass(eq=False)
 class ForwardPass:
     """Embeddings [N, D] in the order of the texts, and what the backward pass needs.
 
+    `token_lists`: the texts that are computed, of which `chunks` are indices; `place_N` says which one each text is.
     `parts`: the chunks' embeddings, the first `kept` of them with their graphs; the others are computed again.
-    `tokens` and `computed`: real ones, and with padding; forwards only.
+    `tokens` and `computed`: real ones of the texts computed, and with padding; forwards only.
     """
 
     embedding_ND: Tensor
+    place_N: Tensor
     chunks: list[np.ndarray]
     token_lists: Sequence[TokenIds]
     pad_id: int
@@ -46,8 +41,12 @@ class ForwardPass:
 
 
 def forward(engine: Engine, token_lists: Sequence[TokenIds], *, pad_id: int, budget: Budget) -> ForwardPass:
-    """Embeds the texts of this rank: [N, D] float32, without a graph to the outside."""
+    """Embeds the texts of this rank: [N, D] float32, without a graph to the outside.
+
+    A text that stands there several times is computed once, but where dropout makes each time another.
+    """
     world = engine.world
+    token_lists, place_N = _distinct(token_lists, whether=not getattr(engine.module, "draws_at_random", True))
     lengths = [len(tokens) for tokens in token_lists]
     unpadded = is_unpadded(engine)
     chunks, computed = cut(lengths, budget.micro_batch_tokens, unpadded=unpadded)
@@ -60,9 +59,10 @@ def forward(engine: Engine, token_lists: Sequence[TokenIds], *, pad_id: int, bud
         with torch.set_grad_enabled(number < kept):
             parts.append(_embed(engine, token_lists, chunk, pad_id))
     joined = torch.cat([part[: len(chunk)] for part, chunk in zip(parts, chunks, strict=True)])
-    place_N = torch.from_numpy(np.argsort(np.concatenate(chunks))).to(joined.device)
+    position = np.argsort(np.concatenate(chunks))
     return ForwardPass(
-        embedding_ND=joined.detach().index_select(0, place_N),
+        embedding_ND=joined.detach().index_select(0, torch.from_numpy(position[place_N]).to(joined.device)),
+        place_N=torch.from_numpy(place_N).to(joined.device),
         chunks=chunks,
         token_lists=token_lists,
         pad_id=pad_id,
@@ -72,6 +72,16 @@ def forward(engine: Engine, token_lists: Sequence[TokenIds], *, pad_id: int, bud
         tokens=sum(lengths),
         computed=computed,
     )
+
+
+def _distinct(token_lists: Sequence[TokenIds], *, whether: bool) -> tuple[Sequence[TokenIds], np.ndarray]:
+    """The texts, each once if `whether`, and which of them each one is: [N]."""
+    if not whether:
+        return token_lists, np.arange(len(token_lists))
+    keys = [np.asarray(tokens, dtype=np.int64).tobytes() for tokens in token_lists]
+    number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    distinct = dict(zip(keys, token_lists, strict=True))  # in the same order
+    return list(distinct.values()), np.array([number[key] for key in keys], dtype=np.int64)
 
 
 def _chunks_to_keep(engine: Engine, tokens: Sequence[int], budget: Budget) -> int:
@@ -88,6 +98,9 @@ def backward(engine: Engine, passed: ForwardPass, gradient_ND: Tensor, *, last: 
     Dropout does again what it did in `forward`.
     """
     chunks, kept = passed.chunks, passed.kept
+    if len(passed.token_lists) < len(gradient_ND):
+        of_distinct = gradient_ND.new_zeros(len(passed.token_lists), gradient_ND.shape[1])
+        gradient_ND = of_distinct.index_add_(0, passed.place_N, gradient_ND)
     if kept:
         whole = kept == len(chunks)
         parts = zip(passed.parts[:kept], chunks[:kept], strict=True)

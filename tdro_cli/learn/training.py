@@ -26,7 +26,7 @@ from tdro_cli.data.tasks import TaskStore
 from tdro_cli.data.tokenization import TextTokenizer
 from tdro_cli.errors import RunFailed, TdroError
 from tdro_cli.learn.contrastive import candidate_mask, cosine, infonce
-from tdro_cli.learn.gradient_cache import Budget, backward, forward
+from tdro_cli.learn.gradient_cache import backward, forward
 from tdro_cli.learn.guide import Guide
 from tdro_cli.learn.schedules import learning_rate
 from tdro_cli.model.contract import EncoderContract
@@ -37,6 +37,7 @@ from tdro_cli.model.encoder import (
     checkpoint_activations,
     compile_blocks,
 )
+from tdro_cli.model.packing import budget_on
 from tdro_cli.protocols import FalseNegativeMask
 from tdro_cli.recipe import Checkpoint, Optimizer, Recipe, Schedule, Training
 from tdro_cli.run import timing
@@ -365,13 +366,13 @@ def train(
         composition=section.batch.composition,
         draws=section.batch.draws,
     )
-    budget = Budget(recipe.encoder.micro_batch_tokens, recipe.encoder.activation_tokens)
+    budget = budget_on(world.device, recipe.encoder)
     factor_G = torch.tensor([loss_weights.get(task.name, 1.0) for task in tasks], device=world.device)
     choice = section.false_negative_mask
     judge = registry.resolve("false_negative_masks", choice.name, choice.options, where="false_negative_mask")
     judge = None if isinstance(judge, Known) else judge
-    folder, tokens_at_once = Path(plan.folder), recipe.encoder.micro_batch_tokens
-    guide = Guide(judge, world, folder, token_budget=tokens_at_once) if hasattr(judge, "source") else None
+    at_once = budget.micro_batch_tokens
+    guide = Guide(judge, world, Path(plan.folder), token_budget=at_once) if hasattr(judge, "source") else None
     run = Run(plan, world, engine, section.steps, section.optimizer, section.schedule, section.checkpoint, progress)
     start, state = run.resume()
     seen_G = np.zeros(len(tasks), dtype=np.int64) if state is None else state["seen"].numpy()

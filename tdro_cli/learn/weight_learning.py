@@ -43,7 +43,7 @@ from tdro_cli.learn.training import (
     training_tasks,
 )
 from tdro_cli.model.encoder import TextEncoder
-from tdro_cli.model.packing import encode_token_lists
+from tdro_cli.model.packing import budget_on, encode_token_lists
 from tdro_cli.protocols import GradientUpdater, TaskLosses
 from tdro_cli.recipe import Recipe, Stop
 from tdro_cli.report.live import weights_view
@@ -151,17 +151,17 @@ class Reference:
         if self._encoder is None:
             self._encoder = _load_reference(self.recipe, self._source).to(self.world.device)
         self.forwards += len(batch.queries)
-        section = self.recipe.encoder
+        section, budget = self.recipe.encoder, budget_on(self.world.device, self.recipe.encoder)
         loss_B = np.empty(len(batch.queries), dtype=np.float32)
         with torch.inference_mode():
-            for rows in micro_batches(batch, section.activation_tokens):
+            for rows in micro_batches(batch, budget.activation_tokens):
                 part = query_losses(
                     self._encoder,
                     batch,
                     rows,
                     pad_id=self.pad_id,
                     temperature=section.temperature,
-                    tokens_at_once=section.micro_batch_tokens,
+                    tokens_at_once=budget.micro_batch_tokens,
                     device=self.world.device,
                 )
                 loss_B[rows] = part.loss_B.float().cpu().numpy()
@@ -398,7 +398,8 @@ def _proxy_pass(
     Returns the losses [B], tokens, and tokens with padding.
     """
     world, section = engine.world, recipe.encoder
-    parts = micro_batches(own, section.activation_tokens)
+    budget = budget_on(world.device, section)
+    parts = micro_batches(own, budget.activation_tokens)
     missing = world.most(len(parts)) - len(parts)
     loss_B = torch.zeros(len(own.queries), device=world.device)
     tokens = computed = 0
@@ -410,7 +411,7 @@ def _proxy_pass(
                 rows,
                 pad_id=pad_id,
                 temperature=section.temperature,
-                tokens_at_once=section.micro_batch_tokens,
+                tokens_at_once=budget.micro_batch_tokens,
                 device=world.device,
             )
         where = torch.from_numpy(rows).to(world.device)
@@ -447,16 +448,16 @@ def _shares_of_mean_losses(
     engine: Engine, own: TokenBatch, count_G: Tensor, recipe: Recipe, pad_id: int
 ) -> Iterator[tuple[int, Tensor]]:
     """This rank's shares of the tasks' mean losses, each of one task and small enough to keep its activations."""
-    section = recipe.encoder
+    section, budget = recipe.encoder, budget_on(engine.world.device, recipe.encoder)
     for task in np.unique(own.task_B):
-        for rows in micro_batches(own, section.activation_tokens, np.flatnonzero(own.task_B == task)):
+        for rows in micro_batches(own, budget.activation_tokens, np.flatnonzero(own.task_B == task)):
             part = query_losses(
                 engine.module,
                 own,
                 rows,
                 pad_id=pad_id,
                 temperature=section.temperature,
-                tokens_at_once=section.micro_batch_tokens,
+                tokens_at_once=budget.micro_batch_tokens,
                 device=engine.world.device,
             )
             yield int(task), part.loss_B.sum() / count_G[task]

@@ -18,11 +18,10 @@ from tdro_cli.data.tokenization import TextTokenizer
 from tdro_cli.errors import TdroError
 from tdro_cli.model.contract import CONTRACT_FILE, EncoderContract
 from tdro_cli.model.encoder import TextEncoder, check_lengths, position_limit
-from tdro_cli.model.packing import encode_token_lists
+from tdro_cli.model.packing import encode_token_lists, tokens_at_once
 from tdro_cli.protocols import LoadedBackbone
 
 CHUNK = 4096
-CPU_TOKEN_BUDGET = 2048  # a processor gains nothing from larger batches, and computes more padding in them
 UNPINNED_LENGTH = 512  # of a model that comes without a length of its own
 DIGESTED = (
     *("*.safetensors", "*.bin", "config.json", "adapter_config.json"),
@@ -50,7 +49,7 @@ class Embedder:
         self.encoder, self.contract, self.digest = encoder, contract, digest
         self.tokenizer = TextTokenizer(tokenizer, contract)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.token_budget = min(token_budget, CPU_TOKEN_BUDGET) if self.device.type == "cpu" else token_budget
+        self.token_budget = tokens_at_once(token_budget, self.device)
         encoder.to(self.device)
 
     @property

@@ -47,6 +47,7 @@ class TextEncoder(nn.Module):
         # padding is on the right, where a causal model never looks: without a mask, attention takes its fastest path
         attention = getattr(backbone_model.config, "_attn_implementation", None)
         self.unpadded = attention == varlen.NAME
+        self.draws_at_random = draws_at_random(backbone_model)
         self._needs_mask = not (is_causal(backbone_model) and attention == "sdpa")
         self._first_position = _first_position(backbone_model)
         self._extra = {"use_cache": False} if "use_cache" in _forward_parameters(backbone_model) else {}
@@ -132,6 +133,18 @@ def is_causal(model: nn.Module) -> bool:
         return False
     layers = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
     return bool(layers) and all(layers)
+
+
+def draws_at_random(model: nn.Module) -> bool:
+    """Whether two passes of one text differ in training, by dropout or the like."""
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return True
+    settings = model.config.get_text_config().to_dict()  # attention's own is no module, but is named here
+    return any(
+        isinstance(value, int | float) and value > 0
+        for name, value in settings.items()
+        if any(word in name for word in ("drop", "jitter"))
+    )
 
 
 def position_limit(model: nn.Module) -> int | None:

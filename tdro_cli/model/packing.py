@@ -6,7 +6,8 @@ N texts, T tokens of the longest one of a batch, D embedding size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,11 @@ from torch import Tensor
 
 from tdro_cli.data.tokenization import TokenIds
 
+if TYPE_CHECKING:
+    from tdro_cli.recipe import Encoder
+
+CPU_TOKENS = 2048  # at once; a processor gains nothing from more, computes more padding, and its caches overflow
+ACTIVATION_TOKENS = {"cpu": 12288, "cuda": 65536}  # more spares a CPU little: a long batch is beyond either
 BUSY_TOKENS = 512  # what one CPU core needs at once; several need twice as many, a device with a larger budget more
 
 
@@ -29,6 +35,25 @@ class Packed(NamedTuple):
         """Padding as a share of all tokens computed, in 0..1."""
         computed = self.tokens + self.padded_tokens
         return self.padded_tokens / computed if computed else 0.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens, padding included: at once through the model, and whose activations may be kept at once."""
+
+    micro_batch_tokens: int
+    activation_tokens: int
+
+
+def budget_on(device: Any, encoder: Encoder) -> Budget:
+    """What the recipe's section says, and what is usual on the device where it says nothing."""
+    kept = encoder.activation_tokens or ACTIVATION_TOKENS.get(device.type, ACTIVATION_TOKENS["cuda"])
+    return Budget(tokens_at_once(encoder.micro_batch_tokens, device), kept)
+
+
+def tokens_at_once(budget: int, device: Any) -> int:
+    """What of the recipe's budget is used on the device: all of it, on a CPU 2,048 at most."""
+    return min(budget, CPU_TOKENS) if device.type == "cpu" else budget
 
 
 def token_budget_batches(lengths: Sequence[int], budget: int) -> list[np.ndarray]:

@@ -369,8 +369,11 @@ def _spread(value: Mapping[str, float | None] | None, digits: int) -> str:
 # ---- plans ----
 
 
-def describe(plans: Mapping[str, Plan], *, ranks: int = 1) -> dict[str, Any]:
-    """What the stages would do, {stage: {"status", ...}}; the data as it is now; memory of each of `ranks` devices."""
+def describe(plans: Mapping[str, Plan], *, ranks: int = 1, device: str | None = None) -> dict[str, Any]:
+    """What the stages would do, {stage: {"status", ...}}; the data as it is now; memory of each of `ranks` devices.
+
+    `device`: "cpu" or "cuda"; where None, what this machine computes on.
+    """
     from tdro_cli.run.plan import open_tasks
 
     recipe = next(iter(plans.values())).settings()
@@ -404,10 +407,10 @@ def describe(plans: Mapping[str, Plan], *, ranks: int = 1) -> dict[str, Any]:
             elif "transfer" in plans and complete(plans["transfer"]):
                 sampling = artifacts.read_json(plans["transfer"].out / "sampling.json")
                 stages[stage]["epochs"] = {name: task["epochs"] for name, task in sampling["tasks"].items()}
-    return {"recipe": recipe.name, "tasks": tasks, "stages": stages, "memory": _memory(recipe, stages, ranks)}
+    return {"recipe": recipe.name, "tasks": tasks, "stages": stages, "memory": _memory(recipe, stages, ranks, device)}
 
 
-def _memory(recipe: Any, stages: Mapping[str, Any], ranks: int) -> dict[str, Any] | None:
+def _memory(recipe: Any, stages: Mapping[str, Any], ranks: int, device: str | None) -> dict[str, Any] | None:
     """What training would need of each device; None where nothing is trained."""
     trained = [stage for stage in stages if stage in TRAINING]
     if not trained:
@@ -415,7 +418,7 @@ def _memory(recipe: Any, stages: Mapping[str, Any], ranks: int) -> dict[str, Any
     from tdro_cli.run.memory import estimate
 
     try:
-        return estimate(recipe, trained, ranks=ranks)
+        return estimate(recipe, trained, ranks=ranks, device=device)
     except TdroError as error:
         return {"unknown": error.message}
 
@@ -456,7 +459,12 @@ def print_memory(console: Any, memory: Mapping[str, Any]) -> None:
         console.print(f"  memory: not known: {memory['unknown']}", soft_wrap=True)
         return
     devices = f"each of {memory['ranks']} devices" if memory["ranks"] > 1 else "the device"
-    console.print(f"\nMemory of {devices}, at most (texts as long as the recipe allows)", style="bold")
+    kind, tokens = {"cpu": "CPU", "cuda": "GPU"}[memory["device"]], memory["tokens"]
+    console.print(f"\nMemory of {devices} ({kind}), at most (texts as long as the recipe allows)", style="bold")
+    console.print(
+        f"  tokens at once {tokens['micro_batch_tokens']:,}, with activations kept {tokens['activation_tokens']:,}",
+        soft_wrap=True,
+    )
     for name, variant in memory["variants"].items():
         *others, (stage, by_zero) = variant["stages"].items()
         held = [key for key in next(iter(by_zero.values())) if key not in ("update", "total")]

@@ -45,6 +45,13 @@ class Machines:
         return self.hostfile is not None or (self.num_gpus or 1) > 1
 
     @property
+    def device(self) -> str | None:
+        """What the processes compute on, by what the user said: "cpu", "cuda", or None: what this machine has."""
+        if os.environ.get("DS_ACCELERATOR") == "cpu":
+            return "cpu"
+        return "cuda" if self.hostfile is not None or self.num_gpus is not None else None
+
+    @property
     def ranks(self) -> int:
         return self.slots if self.hostfile is not None else self.num_gpus or 1
 

@@ -10,13 +10,16 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from tdro_cli import registry
 from tdro_cli.errors import TdroError
 from tdro_cli.recipe import Lora, Recipe
 from tdro_cli.run.engine import is_mixed, reduce_bucket
+
+if TYPE_CHECKING:
+    from tdro_cli.model.packing import Budget
 
 FLOAT, HALF = 4, 2  # bytes
 ADAM = 2 * FLOAT  # its two moments of a parameter
@@ -49,29 +52,48 @@ def peak_memory(device: Any) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def estimate(recipe: Recipe, stages: list[str], *, ranks: int = 1) -> dict[str, Any]:
+def estimate(recipe: Recipe, stages: list[str], *, ranks: int = 1, device: str | None = None) -> dict[str, Any]:
     """Bytes on each of `ranks` devices for the training `stages`, for ZeRO 0 to 3, all parameters trained or LoRA.
+
+    `device`: "cpu" or "cuda"; where None, what this machine computes on.
 
     Raises TdroError if the backbone's shape can't be known here.
     """
+    import torch
+
+    from tdro_cli.model.packing import budget_on
+
     plugin = registry.resolve("backbones", recipe.backbone.name, recipe.backbone.options, where="backbone")
     if not hasattr(plugin, "config"):
         raise TdroError(f"the backbone {recipe.backbone.name!r} does not tell its shape", where="backbone")
     half = is_mixed(recipe.deepspeed)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    budget = budget_on(torch.device(device), recipe.encoder)
     variants = {"all parameters": None, "LoRA": recipe.lora or Lora()}
-    found: dict[str, Any] = {"ranks": ranks, "trained": "LoRA" if recipe.lora else "all parameters", "variants": {}}
+    found: dict[str, Any] = {
+        "ranks": ranks,
+        "device": device,
+        "tokens": asdict(budget),
+        "trained": "LoRA" if recipe.lora else "all parameters",
+        "variants": {},
+    }
     for name, lora in variants.items():
         shape = footprint(lambda: plugin.config(recipe.backbone.source), recipe, lora, half=half)
         found["parameters"] = found.get("parameters", shape.parameters)  # without adapters
         by_stage = {
-            stage: {str(zero): device_bytes(recipe, stage, shape, zero_stage=zero, ranks=ranks) for zero in ZERO_STAGES}
+            stage: {
+                str(zero): device_bytes(recipe, stage, shape, budget, zero_stage=zero, ranks=ranks)
+                for zero in ZERO_STAGES
+            }
             for stage in stages
         }
         found["variants"][name] = {"trainable": shape.trainable, "stages": by_stage}
     return found
 
 
-def device_bytes(recipe: Recipe, stage: str, shape: Footprint, *, zero_stage: int, ranks: int) -> dict[str, float]:
+def device_bytes(
+    recipe: Recipe, stage: str, shape: Footprint, budget: Budget, *, zero_stage: int, ranks: int
+) -> dict[str, float]:
     """Bytes by what they hold, and their `total` at the worst moment of a step."""
     section = getattr(recipe, stage.replace("-", "_"))
     states = model_states(shape, recipe.deepspeed, zero_stage=zero_stage, ranks=ranks)
@@ -79,8 +101,8 @@ def device_bytes(recipe: Recipe, stage: str, shape: Footprint, *, zero_stage: in
     per_rank = -(-batch.queries // ranks)
     longest = per_rank * (encoder.query_length + batch.passages_per_query * encoder.passage_length)
     # under ZeRO 3 and beyond activation_tokens only one micro-batch has a graph
-    graphs = min(longest, encoder.activation_tokens) if zero_stage < 3 or stage == "learn-weights" else 0
-    at_once = min(encoder.micro_batch_tokens, longest)
+    graphs = min(longest, budget.activation_tokens) if zero_stage < 3 or stage == "learn-weights" else 0
+    at_once = min(budget.micro_batch_tokens, longest)
     kept = shape.kept * max(graphs, at_once) / encoder.micro_batch_tokens
     states["activations"] = kept + (shape.peak - shape.kept) * at_once / encoder.micro_batch_tokens
     passages = batch.queries * batch.passages_per_query

@@ -86,6 +86,31 @@ def test_as_many_chunks_keep_their_graphs_as_fit_and_the_others_are_computed_aga
     assert passes == first + first[passed.kept :]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_text_that_comes_again_is_computed_once_and_gets_both_gradients(alone, dropout):
+    from tdro_cli.learn.gradient_cache import backward, forward
+    from tdro_cli.recipe import Optimizer
+    from tdro_cli.run.engine import Engine
+
+    texts = [[7, 8, 9], [5, 6], [7, 8, 9], [5, 6], [7, 8, 9]]
+    optimizer = Optimizer(learning_rate=1.0, weight_decay=0.0, eps=cases.EPSILON, max_grad_norm=None)
+    norms = []
+    for given, gradient_ND in (
+        (texts, torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]])),
+        (texts[:2], torch.tensor([[21.0], [10.0]])),
+    ):
+        engine = Engine(cases.build_encoder(Case(dropout=dropout)), optimizer, {}, alone)
+        engine.train()
+        passed = forward(engine, given, pad_id=cases.PAD, budget=cases.SMALL_CHUNKS)
+        assert passed.tokens == (5 if dropout == 0 or given != texts else 13)
+        backward(engine, passed, gradient_ND.expand(-1, 32) * torch.arange(32))
+        norms.append(engine.step(1.0))
+        if given == texts:
+            assert torch.equal(passed.embedding_ND[0], passed.embedding_ND[2]) == (dropout == 0)
+    if dropout == 0:
+        assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
 def test_the_errors_known_of_other_trainers_would_be_seen():
     right, _ = cases.plain_gradient(Case())
     without_temperature, _ = cases.plain_gradient(Case(temperature=1.0))

@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2Model
 
 from tdro_cli.builtin.backbones import Auto
 from tdro_cli.data.tokenization import TextTokenizer
@@ -10,10 +13,12 @@ from tdro_cli.model.encoder import (
     add_lora,
     check_lengths,
     compile_blocks,
+    draws_at_random,
     pool,
     position_limit,
 )
 from tdro_cli.model.packing import pad_batch
+from tdro_cli.protocols import LoadedBackbone
 
 CAUSAL = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "gemma3_text")
 
@@ -150,3 +155,19 @@ def test_compiled_layers_give_the_same_embeddings_and_gradients(tiny, texts):
     assert (plain - fast).abs().max() < 1e-5
     assert (gradient - fast_gradient).norm() < 1e-4 * gradient.norm()
     assert "layers.0.mlp.up_proj.weight" in encoder.backbone.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, False), ({"attention_dropout": 0.1}, True), ({"router_jitter_noise": 0.01}, True)],
+)
+def test_what_draws_at_random_is_told_from_the_configuration(options, expected):
+    config = Qwen2Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, **options)
+    assert draws_at_random(Qwen2Model(config)) is expected
+
+
+def test_what_draws_at_random_is_told_from_the_modules():
+    model = Qwen2Model(Qwen2Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    loaded = LoadedBackbone(model, None, ("q_proj",), True)
+    assert draws_at_random(add_lora(loaded, r=2, dropout=0.1))
+    assert not draws_at_random(add_lora(replace(loaded, model=Qwen2Model(model.config)), r=2, dropout=0.0))

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdro_cli.learn.weight_learning import micro_batches
-from tdro_cli.model.packing import cut, encode_token_lists, pad_batch, token_budget_batches
+from tdro_cli.model.packing import Budget, budget_on, cut, encode_token_lists, pad_batch, token_budget_batches
+from tdro_cli.recipe import Encoder
 
 
 def test_longest_first_and_as_many_as_the_budget_holds():
@@ -80,6 +81,16 @@ def test_embeddings_come_back_in_the_given_order_with_gradients_and_counts():
     wide = encode_token_lists(sum_of_tokens, token_lists, pad_id=0, budget=100, device="cpu")
     assert torch.equal(wide.embedding_ND, packed.embedding_ND)
     assert (wide.tokens, wide.padded_tokens, wide.padding_share) == (8, 4, 4 / 12)
+
+
+def test_a_cpu_takes_small_chunks_and_keeps_what_the_recipe_says():
+    def budget(device, **keys):
+        return budget_on(torch.device(device), Encoder(**keys))
+
+    assert budget("cpu") == Budget(2048, 12288)
+    assert budget("cuda") == Budget(16384, 65536)
+    assert budget("cpu", micro_batch_tokens=512, activation_tokens=50000) == Budget(512, 50000)
+    assert budget("cuda", micro_batch_tokens=512, activation_tokens=100) == Budget(512, 100)
 
 
 def test_nothing_to_encode_is_refused():
