@@ -185,6 +185,7 @@ def lora_targets(model: Any) -> tuple[str, ...]:
 
 def _load_model(source: str | Path, folder: Path, *, attention: str, trust_remote_code: bool) -> Any:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
 
     from tdro_cli.model import varlen
@@ -196,6 +197,7 @@ def _load_model(source: str | Path, folder: Path, *, attention: str, trust_remot
         raise TdroError(
             "no model: config.json is missing", where=str(source), remedy="give the folder of a saved model"
         )
+    _require_safetensors(source, folder)
     try:
         config = AutoConfig.from_pretrained(folder, **options)
         if config.is_encoder_decoder:
@@ -208,6 +210,8 @@ def _load_model(source: str | Path, folder: Path, *, attention: str, trust_remot
             # transformers' own choice is sdpa, and eager for the few models that sdpa can't serve (Gemma 2)
             attn_implementation=None if attention == "sdpa" else attention,
             output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # else an error that names no tensor
             **options,
         )
     except ImportError as error:
@@ -216,12 +220,18 @@ def _load_model(source: str | Path, folder: Path, *, attention: str, trust_remot
             where="backbone.attention",
             remedy="install what it needs, or use sdpa",
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise TdroError(
             f"the model can't be loaded: {_first_line(error)}",
             where=str(source),
             remedy="check that the folder is whole, that transformers knows this model, and the attention setting",
         ) from error
+    for name, given, needed in sorted(report["mismatched_keys"]):
+        raise TdroError(
+            f"the weights do not fit config.json: {name} is {list(given)}, the model needs {list(needed)}",
+            where=str(source),
+            remedy="use the config.json and the weights of one model",
+        )
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key.split("."))
     if missing:
         raise TdroError(
@@ -236,11 +246,26 @@ def _load_model(source: str | Path, folder: Path, *, attention: str, trust_remot
     return model
 
 
+def _require_safetensors(source: str | Path, folder: Path) -> None:
+    """Raises TdroError where the folder has no weights in safetensors: a pickle can run what its author likes."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    raise TdroError(
+        f"the weights are a pickle ({pickled[0]}), which could run any code" if pickled else "the model has no weights",
+        where=str(source),
+        remedy="give model.safetensors" + (": safetensors.torch.save_file writes one" if pickled else ""),
+    )
+
+
 def _load_tokenizer(source: str | Path, folder: Path, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what comes of files that are not there
+            raise ValueError("it has no vocabulary")
+        return tokenizer
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise TdroError(
             f"the tokenizer can't be loaded: {_first_line(error)}",

@@ -106,6 +106,50 @@ def test_a_checkpoint_that_lacks_a_layer_is_refused_not_filled_with_random_weigh
         Auto().load(str(tmp_path / "part"))
 
 
+def _pickled(folder):
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def _of_another_shape(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["layers.1.mlp.up_proj.weight"] = weights["layers.1.mlp.up_proj.weight"][:5].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _cut_short(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def _without_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_pickled, r"a pickle \(pytorch_model\.bin\)"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "the model has no weights"),
+        (_of_another_shape, r"layers\.1\.mlp\.up_proj\.weight is \[5, 32\], the model needs \[128, 32\]"),
+        (_cut_short, "can't be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), "can't be loaded"),
+        (_without_tokenizer, "the tokenizer can't be loaded"),
+    ],
+)
+def test_a_folder_that_holds_no_sound_model_is_refused_in_one_sentence(damage, words, scratch, tmp_path):
+    shutil.copytree(scratch, tmp_path / "damaged")
+    damage(tmp_path / "damaged")
+    with pytest.raises(TdroError, match=words) as caught:
+        Auto().load(str(tmp_path / "damaged"))
+    assert str(tmp_path / "damaged") in caught.value.where and caught.value.remedy
+
+
 def test_an_encoder_decoder_is_refused(scratch, tmp_path):
     shutil.copytree(scratch, tmp_path / "t5")
     (tmp_path / "t5" / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
