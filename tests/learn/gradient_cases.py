@@ -24,6 +24,8 @@ from tdro_cli.run.distributed import World
 from tdro_cli.run.engine import Engine
 
 PAD = 0
+DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2", "gemma3_text")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert")
 SMALL_CHUNKS = Budget(micro_batch_tokens=24, activation_tokens=0)  # texts of 3 to 12 tokens: about 10 chunks a rank
 ONE_CHUNK = Budget(micro_batch_tokens=10**6, activation_tokens=10**6)
 SOME_WITH_GRAPHS = Budget(micro_batch_tokens=24, activation_tokens=72)
@@ -31,6 +33,7 @@ CHUNKS_WITH_GRAPHS = Budget(micro_batch_tokens=24, activation_tokens=10**6)
 # Adam's first step moves a parameter by rate · g / (|g| + epsilon), which tells g whatever ZeRO has done to gradients
 EPSILON, RATE = 1e4, 1e8
 MARGIN = 0.1  # masks some candidates of some queries
+UNEQUAL = (7, 5, 6, 1, 1, 1)  # one rank has three chunks for each of the other's
 PASSAGES = (3, 2, 4, 1, 3, 2)  # of each query, the positive first: ranks hold unequal numbers
 
 
@@ -45,45 +48,60 @@ class Case:
     zero_stage: int = 0
     budget: Budget = SMALL_CHUNKS
     margin: float | None = None  # of the false-negative mask
+    passages: tuple[int, ...] = PASSAGES
+    in_batch: bool = True
+    cross_device: bool = True
 
 
 def build_encoder(case: Case) -> TextEncoder:
     """The same tiny model for the same case, every time."""
-    from transformers import BertConfig, BertModel, Qwen2Config, Qwen2Model
+    from transformers import AutoConfig, AutoModel
 
     torch.manual_seed(3)
     shape = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"intermediate_size": 48, "max_position_embeddings": 32, "pad_token_id": PAD, "initializer_range": 0.2}
-    if case.family == "qwen2":
-        model = Qwen2Model(Qwen2Config(**shape, num_key_value_heads=2, attention_dropout=case.dropout))
+    if case.family in DECODERS:
+        shape |= {"num_key_value_heads": 2, "head_dim": 8, "attention_dropout": case.dropout}
+        if case.family in ("mistral", "gemma2", "gemma3_text"):
+            shape |= {"sliding_window": 6}  # shorter than the texts
         targets = ("q_proj", "v_proj", "down_proj")
+    elif case.family == "modernbert":
+        shape |= {f"{part}_dropout": case.dropout for part in ("attention", "embedding", "mlp")}
+        shape |= {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2, "local_attention": 6}
+        targets = ("Wqkv", "Wo")
     else:
-        dropouts = {"hidden_dropout_prob": case.dropout, "attention_probs_dropout_prob": case.dropout}
-        model = BertModel(BertConfig(**shape, **dropouts), add_pooling_layer=False)
+        shape |= {"hidden_dropout_prob": case.dropout, "attention_probs_dropout_prob": case.dropout}
         targets = ("query", "value")
+    model = AutoModel.from_config(AutoConfig.for_model(case.family, **shape))
+    model.pooler = None
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if case.lora:
-        model = add_lora(LoadedBackbone(model, None, targets, case.family == "qwen2"), r=2, dropout=case.dropout)
+        model = add_lora(LoadedBackbone(model, None, targets, case.family in DECODERS), r=2, dropout=case.dropout)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # zero at the start, which would hide half of the gradient
                 torch.nn.init.normal_(parameter, std=0.2)
-    pooling = "last_token" if case.family == "qwen2" else "mean"
+    pooling = "last_token" if case.family in DECODERS else "mean"
     return TextEncoder(model, pooling=pooling, autocast=case.autocast).train()
 
 
-def whole_batch() -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Queries and the passages of each, as token ids. Passage 1 of query 0 is query 2's positive, which masks it."""
+def whole_batch(counts: tuple[int, ...] = PASSAGES) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Queries and the passages of each, as token ids. The last passage of query 0 is query 2's positive: masked."""
     random = np.random.default_rng(5)
-    queries = [random.integers(1, 60, random.integers(3, 9)).tolist() for _ in PASSAGES]
-    passages = [[random.integers(1, 60, random.integers(4, 13)).tolist() for _ in range(n)] for n in PASSAGES]
-    passages[0][1] = passages[2][0]
+    queries = [random.integers(1, 60, random.integers(3, 9)).tolist() for _ in counts]
+    passages = [[random.integers(1, 60, random.integers(4, 13)).tolist() for _ in range(n)] for n in counts]
+    if len(counts) > 2:
+        passages[0][-1 if counts[0] == 1 else 1] = passages[2][0]
     return queries, passages
 
 
-def part_of_rank(rank: int, world: int) -> TokenBatch:
-    queries, passages = whole_batch()
-    own = range(len(queries) * rank // world, len(queries) * (rank + 1) // world)
+def queries_of_rank(count: int, rank: int, world: int) -> range:
+    return range(count * rank // world, count * (rank + 1) // world)
+
+
+def part_of_rank(rank: int, world: int, counts: tuple[int, ...] = PASSAGES) -> TokenBatch:
+    queries, passages = whole_batch(counts)
+    own = queries_of_rank(len(queries), rank, world)
     identity = {tuple(t): i for i, t in enumerate(dict.fromkeys(tuple(t) for group in passages for t in group))}
     count_B = np.array([len(passages[q]) for q in own])
     positive_ids = np.full((len(own), 1 + rank), NO_TEXT)  # unequal widths, too
@@ -107,19 +125,35 @@ def plain_gradient(case: Case, ranks: int = 1) -> tuple[dict[str, torch.Tensor],
     Without dropout in one forward pass; with it in the chunks of each rank, to draw the same random numbers.
     """
     encoder = build_encoder(case)
-    queries, passages = whole_batch()
+    queries, passages = whole_batch(case.passages)
     texts = queries + [t for group in passages for t in group]
     embedding_ND = _embed(encoder, texts) if case.dropout == 0 else _embed_like_ranks(encoder, case, ranks)
     query_BD, passage_MD = embedding_ND[: len(queries)], embedding_ND[len(queries) :]
     score_BM = query_BD @ passage_MD.T / case.temperature
-    first_B = np.cumsum(PASSAGES) - PASSAGES
+    first_B = np.cumsum(case.passages) - case.passages
     if case.margin is not None:
         doubtful_BM = score_BM > (score_BM[range(6), first_B] - case.margin / case.temperature)[:, None]
         score_BM = score_BM.masked_fill(doubtful_BM & ~_own_passages(), -torch.inf)
-    score_BM[2, 1] = -torch.inf  # passage 1 of query 0 has the text of query 2's positive
+    score_BM = score_BM.masked_fill(_refused(case, passages, ranks), -torch.inf)
     loss = F.cross_entropy(score_BM, torch.from_numpy(first_B))
     loss.backward()
     return {name: p.grad for name, p in encoder.named_parameters() if p.requires_grad}, loss.item()
+
+
+def _refused(case: Case, passages: list[list[list[int]]], ranks: int) -> torch.Tensor:
+    """Candidates that are no negatives: [B, M], by the texts themselves, one by one."""
+    rank_B = [rank for rank in range(ranks) for _ in queries_of_rank(len(passages), rank, ranks)]
+    rows = []
+    for query, own in enumerate(passages):
+        row = []
+        for owner, group in enumerate(passages):
+            for place, text in enumerate(group):
+                known = text == own[0] and (owner, place) != (query, 0)
+                foreign = owner != query and not case.in_batch
+                far = rank_B[owner] != rank_B[query] and not case.cross_device
+                row.append(known or foreign or far)
+        rows.append(row)
+    return torch.tensor(rows)
 
 
 def _own_passages() -> torch.Tensor:
@@ -138,7 +172,7 @@ def _embed_like_ranks(encoder: TextEncoder, case: Case, ranks: int) -> torch.Ten
     queries, passages = [], []
     for rank in range(ranks):
         torch.manual_seed(100 + rank)
-        part = part_of_rank(rank, ranks)
+        part = part_of_rank(rank, ranks, case.passages)
         texts = part.queries + part.passages
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         embedded: dict[int, torch.Tensor] = {}
@@ -160,8 +194,8 @@ def engine_gradient(case: Case, world: World) -> tuple[dict[str, torch.Tensor], 
     before = {name: p.detach().clone() for name, p in encoder.named_parameters() if p.requires_grad}
     engine = Engine(encoder, optimizer, {"zero_stage": case.zero_stage}, world)
     engine.train()
-    batch = part_of_rank(world.rank, world.size)
-    tasks = [TrainingTask("only", None, np.arange(6), "", False, True)]
+    batch = part_of_rank(world.rank, world.size, case.passages)
+    tasks = [TrainingTask("only", None, np.arange(6), "", False, case.in_batch)]
     torch.manual_seed(100 + world.rank)
     passed = forward(engine, batch.queries + batch.passages, pad_id=PAD, budget=case.budget)
     found = contrast(
@@ -171,7 +205,7 @@ def engine_gradient(case: Case, world: World) -> tuple[dict[str, torch.Tensor], 
         tasks,
         torch.ones(1),
         temperature=case.temperature,
-        cross_device=True,
+        cross_device=case.cross_device,
         judge=None if case.margin is None else Margin(case.margin, "absolute"),
     )
     assert (found.masked > 0) == (case.margin is not None)
@@ -213,6 +247,10 @@ def cases_between_ranks(zero_stage: int) -> dict[str, Case]:
         ),
         "qwen2, bfloat16": Case(zero_stage=zero_stage, autocast="bfloat16"),
         "bert, lora, dropout": Case("bert", zero_stage=zero_stage, lora=True, dropout=0.2),
+        "qwen2, own passages only": Case(zero_stage=zero_stage, in_batch=False),
+        "qwen2, passages of the own rank only": Case(zero_stage=zero_stage, cross_device=False, passages=UNEQUAL),
+        "qwen2, a query a rank": Case(zero_stage=zero_stage, passages=(3, 1)),
+        "modernbert, graphs of some chunks kept": Case("modernbert", zero_stage=zero_stage, budget=SOME_WITH_GRAPHS),
     }
 
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import gradient_cases as cases  # noqa: E402
 from gradient_cases import Case  # noqa: E402
 
+FURTHER = [family for family in cases.DECODERS + cases.ENCODERS if family not in ("qwen2", "bert")]
 MATRIX = {
     "qwen2": Case(),
     "qwen2 at 0.002": Case(temperature=0.002),
@@ -33,6 +34,18 @@ MATRIX = {
     "bert at 0.002": Case("bert", temperature=0.002),
     "bert, lora": Case("bert", lora=True),
     "bert, dropout, checkpointing": Case("bert", dropout=0.3, checkpointing=True),
+    "qwen2, one query": Case(passages=(4,)),
+    "qwen2, no hard negatives": Case(passages=(1,) * 6, temperature=0.01),
+    "qwen2, own passages only": Case(in_batch=False),
+    "bert, own passages only, lora": Case("bert", in_batch=False, lora=True),
+    **{
+        f"{family}, at {temperature}": Case(family, temperature=temperature, budget=cases.SOME_WITH_GRAPHS)
+        for family, temperature in zip(FURTHER, (0.002, 0.01, 0.02, 0.05, 0.1) * 2, strict=False)
+    },
+    **{
+        f"{family}, lora, dropout, checkpointing": Case(family, lora=True, dropout=0.2, checkpointing=True)
+        for family in FURTHER
+    },
 }
 
 
@@ -168,7 +181,7 @@ def _between_two_ranks(stages: list[int]) -> dict[str, dict[str, float]]:
         )
         for rank in range(2)
     ]
-    told = [rank.communicate(timeout=300) for rank in ranks]
+    told = [rank.communicate(timeout=600) for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), told
     return json.loads(told[0][0].splitlines()[-1])
 
@@ -181,7 +194,7 @@ def between_two_ranks() -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_with_zero_give_the_gradient_of_one_process(stage, between_two_ranks):
     found = {name: between_two_ranks[f"ZeRO {stage}, {name}"] for name in cases.cases_between_ranks(stage)}
-    assert len(found) == 8
+    assert len(found) == 12
     for name, errors in found.items():
         rounding = 0.02 if "bfloat16" in name else 1e-5
         assert all(error < rounding for error in errors.values()), (name, errors)

@@ -179,6 +179,23 @@ def test_finetune_takes_the_shares_of_the_sampling_plan(experiment):
     assert list(seen.values()) == [40, 40]
 
 
+def test_loss_weights_scale_the_loss_of_their_tasks(experiment):
+    learned = experiment.runs.parent / "weights.json"
+    weight = {"shell": 0.4, "numbers": 0.3, "network": 0.2, "words": 0.1}
+    names = {name: {"weight": w, "mean": w, "ema": w, "size": 9, "queries_seen": 9} for name, w in weight.items()}
+    artifacts.write_json(learned, {"schema": 1, "steps": 1, "tasks": names})
+    first = {}
+    for strategy in ("uniform", "loss_reweight"):
+        out = experiment.run(f"transfer.strategy={strategy}", f"transfer.weights_from={learned}", "finetune.steps=1")
+        first[strategy] = read_metrics(out / "metrics.jsonl")[0]
+    (task,) = first["uniform"]["tasks"]
+    assert first["loss_reweight"]["tasks"] == first["uniform"]["tasks"]  # the loss told is that without the factor
+    factor = 4 * weight[task]  # of mean 1
+    assert factor != 1
+    ratio = first["loss_reweight"]["gradient_norm"] / first["uniform"]["gradient_norm"]
+    assert ratio == pytest.approx(factor, rel=1e-5)
+
+
 def test_rows_held_out_are_never_trained_on(experiment):
     plan = experiment.plans(stage="train-ref")["train-ref"]
     from tdro_cli.learn.training import training_tasks
