@@ -61,7 +61,7 @@ def model_card(encoder: TextEncoder, contract: EncoderContract, details: Mapping
 def _usage(contract: EncoderContract) -> Iterator[str]:
     task = next((name for name in contract.prompts if name not in ("query", "document")), None)
     named = task if task and not contract.query_prompt() else None
-    ask = f'model.encode(["a query"], prompt_name="{named}")' if named else 'model.encode_query(["a query"])'
+    ask = f'model.encode_query(["a query"], prompt_name="{named}")' if named else 'model.encode_query(["a query"])'
     yield from ("```python", "from sentence_transformers import SentenceTransformer", "")
     yield 'model = SentenceTransformer("path/to/this/folder")'
     yield f"query = {ask}"

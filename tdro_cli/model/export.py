@@ -206,8 +206,12 @@ def _write_sentence_transformers(encoder: TextEncoder, contract: EncoderContract
     )
     if contract.normalize:
         write_json(folder / "2_Normalize" / "config.json", {})
+    # releases before 6 know one length only and refuse these keys: written where the two sides differ, as theirs are
+    apart = contract.query_length != contract.passage_length
+    lengths = {"query_length": contract.query_length, "document_length": contract.passage_length} if apart else {}
     write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": contract.passage_length, "do_lower_case": False}
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": contract.passage_length, "do_lower_case": False, **lengths},
     )
     prompts = {name: contract.head(prompt) for name, prompt in contract.prompts.items()}
     prompts |= {"query": contract.head(contract.query_prompt()), "document": contract.head(contract.passage_prompt())}

@@ -85,6 +85,18 @@ def test_sentence_transformers_embeds_as_we_do(family, lora, tiny, texts, tmp_pa
     assert model.get_sentence_embedding_dimension() == live.dimension
 
 
+@pytest.mark.parametrize(("query_length", "passage_length"), [(24, 48), (48, 24)])
+def test_sentence_transformers_cuts_each_side_at_its_own_length(query_length, passage_length, tiny, texts, tmp_path):
+    st = pytest.importorskip("sentence_transformers", "6.0", reason="the extra `compare` is not installed")
+    contract = contract_of("llama", query_length=query_length, passage_length=passage_length)
+    live = save(tiny("llama"), contract, tmp_path / "m")
+    model = st.SentenceTransformer(str(tmp_path / "m"), device="cpu")
+    long = [*texts, "", "🙂 ภาษาไทย نص عربي " * 9, "many words of a long text " * 40]
+    assert np.abs(model.encode_document(long) - live.encode_passages(long)).max() < 1e-5
+    assert np.abs(model.encode_query(long, prompt="") - live.encode_queries(long, "")).max() < 1e-5
+    assert len({len(live.tokenizer.queries([long[-1]])[0]), len(live.tokenizer.passages([long[-1]])[0])}) == 2
+
+
 @pytest.mark.parametrize("pooling", ["last_token", "mean", "cls"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_sentence_transformers_reads_the_contract(pooling, normalize, tiny, texts, tmp_path):
