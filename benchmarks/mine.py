@@ -1,6 +1,6 @@
 """Dense mining against sentence-transformers' `mine_hard_negatives`: same model, texts and settings; time and memory.
 
-    python benchmarks/mine.py [--passages 100000] [--queries 2000] [--model tiny | minilm | FOLDER] [--data FOLDER]
+    python benchmarks/mine.py [--passages 100000] [--queries 5000] [--model tiny | minilm | FOLDER] [--data FOLDER]
 
 Each side runs in processes of its own, in turns, `--repeats` times, on one thread. Texts are passages of FOLDER/train
 (../shared/data or $TDRO_REAL_DATA), else sentences of the standard library; more than there are: crossings of two of
@@ -182,7 +182,7 @@ def theirs(folder: Path, model: str):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--passages", type=int, default=100_000)
-    parser.add_argument("--queries", type=int, default=2_000)
+    parser.add_argument("--queries", type=int, default=5_000)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--repeats", type=int, default=1)
     default = os.environ.get("TDRO_REAL_DATA", Path(__file__).resolve().parents[2] / "shared/data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -861,7 +862,7 @@ def main() -> None:
         named = f": {error.filename}" if error.filename else ""
         remedy = "check the disk, the path and its permissions; --debug shows where it happened"
         print(f"error: {error.strerror or error}{named}\n  {remedy}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(2 if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else 1) from None
     except Exception as error:
         if debug:
             raise

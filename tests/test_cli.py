@@ -295,3 +295,9 @@ def test_a_reader_that_leaves_early_makes_no_noise():
     command = f"{sys.executable} -m tdro_cli recipe schema | head -c 10"
     ended = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert "Traceback" not in ended.stderr and "fault of tdro" not in ended.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/sys takes no folder, not even from root")
+def test_a_folder_that_cannot_be_written_is_named(tdro, tiny_recipe):
+    code, _, err = tdro("train-ref", str(tiny_recipe), "--runs", "/sys/tdro-runs", "-q")
+    assert code == 2 and "/sys/tdro-runs" in err

@@ -67,19 +67,21 @@ def pool_of(
     candidates, texts, equal_texts = [], set(refused_texts), 0
     positive_rank = positive_score = None
     best_other = -math.inf
+    first, last = window
     ranked = zip(ranking.docids, map(float, ranking.scores), keys, strict=True)
     for rank, (docid, score, key) in enumerate(ranked, 1):
         if docid in positives:
             positive_rank = positive_rank or rank
             positive_score = score if positive_score is None else max(score, positive_score)
             continue
-        inside = window[0] <= rank <= window[1]
+        inside = first <= rank <= last
         if docid in refused:
             continue
         if key in texts:
             equal_texts += inside
             continue
-        best_other = max(best_other, score)
+        if score > best_other:
+            best_other = score
         if inside:
             texts.add(key)
             candidates.append(Candidate(docid, rank, score))
