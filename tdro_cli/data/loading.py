@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from tdro_cli.run.distributed import World
 
 SWITCH = "TDRO_DATA_WORKERS"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # meant for the training process, which ends its workers
 MOST_WORKERS = 8  # each tokenizes thousands of texts a second
 
 
@@ -88,7 +90,8 @@ class Arriving:
         todo = iter(self.steps)
         pool, make = self._pool()
         try:
-            coming.extend(pool.submit(make, step) for step in islice(todo, max(1, self.workers)))
+            with _blocked(SIGNALS):  # processes start with signals blocked, until they know how to treat them
+                coming.extend(pool.submit(make, step) for step in islice(todo, max(1, self.workers)))
             while coming:
                 batch = self._next(coming.popleft())
                 coming.extend(pool.submit(make, step) for step in islice(todo, 1))
@@ -117,12 +120,21 @@ class Arriving:
             self.waited = time.monotonic() - began
 
 
+@contextmanager
+def _blocked(signals: tuple[signal.Signals, ...]) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _collation: Collation  # of a worker process
 
 
 def _begin(collation: Collation) -> None:
     global _collation
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the training process, which ends its workers
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(signal.SIGKILL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism

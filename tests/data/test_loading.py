@@ -99,6 +99,9 @@ class Deadly:
     def __init__(self, task):
         self.prompt, self.symmetric, self.rows, self.store = task.prompt, task.symmetric, task.rows, self
 
+    def file_rows(self, rows):
+        return rows
+
     def examples(self, rows):
         os.kill(os.getpid(), signal.SIGKILL)
 
