@@ -418,6 +418,7 @@ def test_batches_stay_what_they_were(composition, draws, task_B, row_B, visit_B)
     assert batch.task_B.tolist() == task_B
     assert batch.row_B.tolist() == row_B
     assert batch.visit_B.tolist() == visit_B
+    assert batch.task_B.dtype == batch.row_B.dtype == batch.visit_B.dtype == np.int64
 
 
 def test_schedules_stay_what_they_were():
@@ -430,12 +431,18 @@ def test_schedules_stay_what_they_were():
     assert first("independent") == [2, 1, 1, 0, 0, 1, 2, 2, 2, 0, 0, 0, 0, 2, 1, 0]
 
 
+def test_permutations_stay_what_they_were():
+    assert [permuted(np.arange(size), size, 5).tolist() for size in (2, 4)] == [[1, 0], [3, 2, 0, 1]]
+    expected = [1, 2, 11, 0, 8, 9, 15, 12, 13, 7, 4, 5, 3, 10, 14, 6]
+    assert permuted(np.arange(16), 16, 5).tolist() == expected
+
+
 def test_chosen_passages_stay_what_they_were():
-    counts = {"positives_B": np.array([1, 3, 4]), "negatives_B": np.array([5, 9, 2])}
-    rows = (np.array([0, 1, 1]), np.array([3, 0, 2]), np.array([0, 4, 9]))
+    counts = {"positives_B": np.array([1, 3, 4, 1]), "negatives_B": np.array([5, 9, 2, 4])}
+    rows = (np.array([0, 1, 1, 1]), np.array([3, 0, 2, 1]), np.array([0, 4, 9, 2]))
     positive_B, negatives = choose_passages(plan(), *rows, **counts, wanted=4)
-    assert positive_B.tolist() == [0, 0, 3]
-    assert [found.tolist() for found in negatives] == [[0, 1, 3, 4], [5, 0, 2, 8], [0, 1]]
+    assert positive_B.tolist() == [0, 0, 3, 0] and positive_B.dtype == np.int64
+    assert [found.tolist() for found in negatives] == [[0, 1, 3, 4], [5, 0, 2, 8], [0, 1], [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("draws", ["stratified", "independent"])
