@@ -366,9 +366,19 @@ class _SameQuestions:
         if key == other:
             return 1.0 if key else None
         similarity = jaccard(own, self._shingles(h))
-        if similarity >= self.threshold or (len(own) < SHORT and one_slip(key, other)):
-            return similarity if only_slips(key, other, self.words) else None
-        if other == without_lead_in(text) or key == without_lead_in(self.held_out[h]):
+        if (similarity >= self.threshold or (len(own) < SHORT and one_slip(key, other))) and only_slips(
+            key, other, self.words
+        ):
+            return similarity
+        rest, other_rest = without_lead_in(text), without_lead_in(self.held_out[h])
+        if other == rest or key == other_rest:
+            return similarity
+        # what is left out behind a lead-in would look as if it were exchanged for the lead-in
+        if (
+            rest
+            and jaccard(shingles(rest), self._shingles(h)) >= self.threshold
+            and only_slips(rest, other, self.words)
+        ):
             return similarity
         return None
 

@@ -338,6 +338,7 @@ def test_exact_keeps_different_questions_apart():
         ("Which enzyme breaks down in the small intestine?", QUESTION),  # a word lost
         ("Please tell me: " + QUESTION, QUESTION),
         ("Q: " + QUESTION.upper(), QUESTION),
+        ("Question: Which enzyme breaks down lactose in the intestine?", QUESTION),
         ("Question: What is salt?", "What is salt?"),  # a short question keeps little in common with its copy
         ("哪种酶分解乳糖并且小在肠里起作用？", HELD_OUT[1]),
         ("소장에서 젖당을 분해하는 효소는 무입엇니까?", HELD_OUT[3]),
