@@ -192,7 +192,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> None:
         for step in range(FIRST + arguments.steps):
             batch = batch_at(batches, step)
             task = stores[batch.task_B[0]]
-            examples = task.store.examples(task.rows[batch.row_B])
+            examples = task.store.examples(task.file_rows(batch.row_B))
             positive_B, negatives = choose_passages(
                 batches,
                 *(batch.task_B, batch.row_B, batch.visit_B),
