@@ -33,6 +33,7 @@ def digest_of(value: Any) -> str:
 
 def digest_file(path: Path) -> str:
     """SHA-256 of a file's bytes."""
+    refuse_endless(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -87,7 +88,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The value in a JSON file. Raises OSError or ValueError where there is none to be read."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark. Raises OSError or ValueError where it can't be read."""
+    refuse_endless(path)
+    return path.read_text(encoding="utf-8-sig")
+
+
+def refuse_endless(path: Path) -> None:
+    """Raises OSError for a pipe or a device: reading it might never end."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
 
 
 def is_complete(folder: Path) -> bool:
@@ -116,6 +134,23 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise ValueError(f"{folder / MANIFEST} holds no JSON object")
     return manifest
+
+
+def faults_of(folder: Path, digest: Callable[[Path], str] = digest_file) -> Iterator[str]:
+    """What of a published artifact is not as its manifest says, one sentence each. `digest` of a file may remember."""
+    try:
+        manifest = manifest_of(folder)
+        digest_told, numbers, files = manifest["digest"], manifest["numbers"], manifest["files"]
+        if digest_of(numbers) != digest_told:
+            yield f"{folder / MANIFEST}: its digest is not that of the numbers it names"
+        for name, written in files.items():
+            path = folder / name
+            if not path.is_file():
+                yield f"{path} is missing"
+            elif digest(path) != written:
+                yield f"{path} is not the file that was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        yield f"{folder / MANIFEST} can't be read: {error}"
 
 
 @contextmanager

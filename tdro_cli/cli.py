@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tdro_cli.errors import Problems, TdroError, full_disk
+from tdro_cli.errors import Problems, RunFailed, TdroError, first_line, known_fault
 
 app = typer.Typer(
     help="Learn how much of each retrieval training task to use, fine-tune with it, and prove the gain.",
@@ -841,11 +840,6 @@ def main() -> None:
     debug, as_json = "--debug" in sys.argv, "--json" in sys.argv
     try:
         app()
-    except TdroError as error:
-        if debug:
-            raise
-        _report(error, as_json)
-        raise SystemExit(error.exit_code) from None
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # typer's code for Ctrl-C, of which it says nothing
             raise
@@ -853,24 +847,22 @@ def main() -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(1) from None
-    except OSError as error:
-        if debug:
-            raise
-        if fault := full_disk(error):
-            _report(fault, as_json)
-            raise SystemExit(fault.exit_code) from None
-        named = f": {error.filename}" if error.filename else ""
-        remedy = "check the disk, the path and its permissions; --debug shows where it happened"
-        print(f"error: {error.strerror or error}{named}\n  {remedy}", file=sys.stderr)
-        raise SystemExit(2 if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else 1) from None
     except Exception as error:
         if debug:
             raise
-        print(
-            f"error: {type(error).__name__}: {error}\n  this is a fault of tdro: run again with --debug",
-            file=sys.stderr,
+        fault = known_fault(error) or _unknown_fault(error)
+        _report(fault, as_json)
+        raise SystemExit(fault.exit_code) from None
+
+
+def _unknown_fault(error: Exception) -> TdroError:
+    if isinstance(error, OSError):
+        remedy = "check the disk, the path and its permissions; --debug shows where it happened"
+        return RunFailed(
+            error.strerror or first_line(error), where=error.filename and str(error.filename), remedy=remedy
         )
-        raise SystemExit(1) from None
+    remedy = "this is a fault of tdro: run again with --debug"
+    return RunFailed(f"{type(error).__name__}: {first_line(error)}", remedy=remedy)
 
 
 def _report(error: TdroError, as_json: bool) -> None:

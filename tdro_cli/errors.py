@@ -7,6 +7,14 @@ import errno
 import os
 from collections.abc import Iterable
 
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # safetensors and torch, which report no OSError: the last is what closing a checkpoint says after a short write
 FULL_WORDS = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
@@ -22,11 +30,16 @@ class TdroError(Exception):
         self.message, self.where, self.remedy = message, where, remedy
 
     def __str__(self) -> str:
-        return "\n".join([self.message, *(f"  {line}" for line in (self.where, self.remedy) if line)])
+        return "\n  ".join(_visible(part) for part in (self.message, self.where, self.remedy) if part)
 
     def problems(self) -> list[dict[str, str | None]]:
         """The same for machines: one object a problem."""
         return [{"message": self.message, "where": self.where, "remedy": self.remedy}]
+
+
+def _visible(text: str) -> str:
+    """On one line, and without what a terminal would obey: file names and data are shown, not followed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 class RunFailed(TdroError):
@@ -46,8 +59,14 @@ class Problems(TdroError):
         return [problem for error in self.errors for problem in error.problems()]
 
 
-def full_disk(error: BaseException) -> TdroError | None:
-    """What to tell the user where a disk or a quota is full; None for any other error."""
+def known_fault(error: BaseException) -> TdroError | None:
+    """What to tell the user of an error that a full disk, a path or the memory is to blame for; None for any other."""
+    if isinstance(error, TdroError):
+        return error
+    return _full_disk(error) or _unusable_path(error) or _out_of_memory(error)
+
+
+def _full_disk(error: BaseException) -> TdroError | None:
     if not isinstance(error, OSError) and not any(words in str(error) for words in FULL_WORDS):
         return None
     number = getattr(error, "errno", None)
@@ -58,6 +77,27 @@ def full_disk(error: BaseException) -> TdroError | None:
     place = f" ({filename})" if filename else ""
     remedy = "make room, or name another folder by --runs; what is complete is kept, and the same command goes on"
     return TdroError(f"the disk is full{place}: {os.strerror(number or errno.ENOSPC)}", remedy=remedy)
+
+
+def _unusable_path(error: BaseException) -> TdroError | None:
+    if not isinstance(error, OSError) or error.errno not in UNUSABLE or not error.filename:
+        return None
+    remedy = "name another place, or change its permissions; what is complete is kept, and the same command goes on"
+    return TdroError(f"can't use the path: {error.strerror}", where=os.fsdecode(error.filename), remedy=remedy)
+
+
+def _out_of_memory(error: BaseException) -> TdroError | None:
+    if not isinstance(error, MemoryError) and not any(words in str(error) for words in MEMORY_WORDS):
+        return None
+    remedy = (
+        "lower encoder.activation_tokens, encoder.micro_batch_tokens or the batch; --dry-run says what training needs; "
+        "the same command goes on from the newest checkpoint"
+    )
+    return RunFailed(f"not enough memory: {first_line(error) or 'none is left'}", remedy=remedy)
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tdro_cli import registry
 from tdro_cli.errors import Problems, TdroError, did_you_mean
@@ -21,6 +21,10 @@ from tdro_cli.errors import Problems, TdroError, did_you_mean
 Place = tuple[str | int, ...]  # a key path: ("tasks", 0, "path")
 
 NAME = r"^\w[\w.+-]*$"  # of files and folders, too
+NAME_BYTES = 200  # file systems take 255, and endings are put behind it
+SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIALS?)(_|$)", re.I)
+# No machine gets near them. They tell a slip of the hand from a size, before anything is allocated.
+MOST_STEPS, MOST_QUERIES, MOST_TOKENS, MOST_RANK = 10**9, 10**6, 10**6, 10**6
 
 # marks a key that says how or where to run: it changes no result beyond rounding
 EXECUTION: dict[str, Any] = {"execution": True}
@@ -72,10 +76,19 @@ def _choice(value: Any, default: str | None) -> Any:
     return value
 
 
+def _short_enough(name: str) -> str:
+    if (size := len(name.encode())) > NAME_BYTES:
+        raise ValueError(f"the name {name[:20]!r}... has {size} bytes, and a file name has room for {NAME_BYTES}")
+    return name
+
+
+Name = Annotated[str, Field(pattern=NAME, max_length=NAME_BYTES), AfterValidator(_short_enough)]
+
+
 class Task(Section):
     """One training set."""
 
-    name: str = Field(pattern=NAME, max_length=200)
+    name: Name
     """unique; letters, digits, `_`, and after the first `.`, `+`, `-`"""
     path: str
     """JSONL (plain, .gz, .zst) or Parquet; relative to the working directory"""
@@ -109,11 +122,11 @@ class Encoder(Section):
     """which hidden state is the embedding"""
     normalize: bool = True
     """embeddings of length 1, so that similarity is the cosine"""
-    query_length: int = Field(128, ge=4)
+    query_length: int = Field(128, ge=4, le=MOST_TOKENS)
     """tokens, prompt and EOS included"""
-    passage_length: int = Field(512, ge=4)
+    passage_length: int = Field(512, ge=4, le=MOST_TOKENS)
     """tokens, title and EOS included"""
-    temperature: float = Field(0.002, gt=0)
+    temperature: float = Field(0.002, ge=1e-6)
     """similarities are divided by it; the paper's value"""
     micro_batch_tokens: int = Field(16384, ge=1, json_schema_extra=EXECUTION)
     """tokens, padding included, that go through the model at once; on a CPU never more than 2,048"""
@@ -123,7 +136,7 @@ class Encoder(Section):
 
 
 class Lora(Section):
-    r: int = Field(8, ge=1)
+    r: int = Field(8, ge=1, le=MOST_RANK)
     """rank"""
     alpha: float = Field(32.0, gt=0)
     """scale: the update is multiplied by alpha / r"""
@@ -134,9 +147,9 @@ class Lora(Section):
 
 
 class Batch(Section):
-    queries: int = Field(2048, ge=1)
+    queries: int = Field(2048, ge=1, le=MOST_QUERIES)
     """queries of a global batch, over all devices"""
-    passages_per_query: int = Field(2, ge=1)
+    passages_per_query: int = Field(2, ge=1, le=MOST_RANK)
     """one positive and this many less one hard negatives"""
     composition: Literal["homogeneous", "mixed"] = "homogeneous"
     """a global batch from one task, or a task per query"""
@@ -145,13 +158,13 @@ class Batch(Section):
 
 
 class WeightBatch(Section):
-    queries: int = Field(2048, ge=1)
+    queries: int = Field(2048, ge=1, le=MOST_QUERIES)
     """queries of a global batch, over all devices"""
-    passages_per_query: int = Field(8, ge=2)
+    passages_per_query: int = Field(8, ge=2, le=MOST_RANK)
     """one positive and this many less one hard negatives"""
     draws: Literal["stratified", "independent"] = "stratified"
     """equal counts of every task (the remainder rotates), or the paper's literal draw of probability 1/k"""
-    parts: int = Field(1, ge=1)
+    parts: int = Field(1, ge=1, le=MOST_QUERIES)
     """equal parts of the batch, which only `relative_official` measures one by one; the authors' release had 4"""
 
 
@@ -160,7 +173,7 @@ class Optimizer(Section):
     """peak of the schedule"""
     weight_decay: float = Field(0.1, ge=0)
     """decoupled, as in AdamW; biases and norms are left out"""
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
     """AdamW's moment decays"""
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon"""
@@ -171,21 +184,21 @@ class Optimizer(Section):
 class Schedule(Section):
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """decay after the warm-up"""
-    warmup_steps: int | None = Field(None, ge=0)
+    warmup_steps: int | None = Field(None, ge=0, le=MOST_STEPS)
     """linear from 0; a tenth of the steps when left out, the paper's 100 of 1,000"""
     min_ratio: float = Field(0.1, ge=0, le=1)
     """of the peak, at the last step"""
 
 
 class Checkpoint(Section):
-    every_steps: int = Field(100, ge=1, json_schema_extra=EXECUTION)
+    every_steps: int = Field(100, ge=1, le=MOST_STEPS, json_schema_extra=EXECUTION)
     """how much a killed run loses at most"""
     keep_last: int = Field(1, ge=1, json_schema_extra=EXECUTION)
     """older checkpoints are removed"""
 
 
 class Training(Section):
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(1000, ge=1, le=MOST_STEPS)
     """optimizer steps"""
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
@@ -203,14 +216,14 @@ class TrainRef(Training):
 
 
 class Stop(Section):
-    window_steps: int = Field(100, ge=10)
+    window_steps: int = Field(100, ge=10, le=MOST_STEPS)
     """the last steps that are judged; the first end is after so many"""
     drift_over_noise: float = Field(2.0, gt=0)
     """end under it: squared way of the log weights over the window against that of random steps, which make 1"""
 
 
 class LearnWeights(Section):
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(1000, ge=1, le=MOST_STEPS)
     """updates of the task weights"""
     stop: Stop | None = None
     """end before `steps` when nothing but noise moves the weights; null: never"""
@@ -294,7 +307,7 @@ class Mine(Section):
     """scores candidates and positives anew, for the margin and the sampling; null: the miner's scores"""
     rank_window: list[int] = Field([2, 100], min_length=2, max_length=2)
     """first and last rank to choose from, counted from 1"""
-    keep: int = Field(16, ge=1)
+    keep: int = Field(16, ge=1, le=MOST_RANK)
     """negatives of a query, those it came with included"""
     positive_margin: Annotated[PositiveMargin, BeforeValidator(_margin)] | None = PositiveMargin()
     """drop candidates that score above this; a bare number is a share of the positive's score; null: keep them"""
@@ -308,8 +321,10 @@ class Mine(Section):
     @model_validator(mode="after")
     def _window_in_order(self) -> Mine:
         first, last = self.rank_window
-        if not 1 <= first <= last:
-            raise ValueError(f"rank_window must be [first, last] with 1 <= first <= last, got {self.rank_window}")
+        if not 1 <= first <= last <= MOST_RANK:
+            raise ValueError(
+                f"rank_window must be [first, last] with 1 <= first <= last <= {MOST_RANK}, got {self.rank_window}"
+            )
         return self
 
 
@@ -364,7 +379,7 @@ class Eval(Section):
     """the test collections"""
     held_out: HeldOut | None = None
     """also measure each task on rows that the models have not seen (`train_ref.hold_out`)"""
-    depth: int = Field(100, ge=1)
+    depth: int = Field(100, ge=1, le=MOST_RANK)
     """documents retrieved for a query"""
     measures: list[str] = Field(["nDCG@10", "R@100"], min_length=1)
     """names that ir-measures knows"""
@@ -391,7 +406,7 @@ class Eval(Section):
 class Recipe(Section):
     """Everything that changes the numbers of an experiment."""
 
-    name: str = Field("tdro", pattern=NAME, max_length=200)
+    name: Name = "tdro"
     """names the folder runs/NAME"""
     seed: int = Field(42, ge=0, lt=2**63)
     """of every random choice"""
@@ -500,8 +515,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, strategy: str | Non
 
 
 def read_text(path: Path) -> str:
+    from tdro_cli import artifacts
+
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return artifacts.read_text(path)
     except FileNotFoundError:
         remedy = "name a recipe, or write one: `tdro recipe list` shows those that come with tdro"
         raise TdroError(f"there is no recipe {path}", remedy=remedy) from None
@@ -560,6 +577,8 @@ def _value(loader, node, place: Place, file: str, places, problems, depth: int) 
             value.encode()  # refuses half a surrogate pair, which nothing after this could write
     except ValueError as error:
         raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from error
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise yaml.MarkedYAMLError(problem="a number of more than 64 bits", problem_mark=node.start_mark)
     if not isinstance(value, str | int | float | bool | None) or value in (math.inf, -math.inf) or value != value:
         words = f"{node.value[:40]!r} is no text, finite number, true, false or null"
         raise yaml.MarkedYAMLError(problem=words, problem_mark=node.start_mark)
@@ -685,6 +704,21 @@ def _tasks_from_file(values: dict, recipe: Path, places: dict[Place, str], probl
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
+def _variable_fault(name: str, default: str | None) -> tuple[str, str] | None:
+    """What is wrong with ${NAME} or ${NAME:-default} in a recipe, and the remedy."""
+    if SECRET.search(name):
+        words = f"the environment variable {name} is named like a secret, and a recipe's values are written to files"
+        return words, "leave it out: libraries read tokens from the environment; or name the variable otherwise"
+    if name not in os.environ:
+        words = f"the environment variable {name} is not set"
+        return (words, f"set it, for instance `export {name}=/a/folder`") if default is None else None
+    try:
+        os.environ[name].encode()
+    except UnicodeEncodeError:
+        return f"the environment variable {name} is not text in UTF-8", "set it to text in UTF-8"
+    return None
+
+
 def _expand(value: Any, place: Place, places: Mapping[Place, str], problems: list[TdroError]) -> Any:
     """Replaces ${NAME} and ${NAME:-default} in every string, in place."""
     if isinstance(value, dict):
@@ -695,14 +729,8 @@ def _expand(value: Any, place: Place, places: Mapping[Place, str], problems: lis
             value[index] = _expand(item, (*place, index), places, problems)
     elif isinstance(value, str):
         for match in _VARIABLE.finditer(value):
-            if match[1] not in os.environ and match[2] is None:
-                problems.append(
-                    TdroError(
-                        f"the environment variable {match[1]} is not set",
-                        where=_where(places, place),
-                        remedy=f"set it, for instance `export {match[1]}=/a/folder`",
-                    )
-                )
+            if fault := _variable_fault(match[1], match[2]):
+                problems.append(TdroError(fault[0], where=_where(places, place), remedy=fault[1]))
         # one that is not set stays as it is, so that no other check takes the rest for a path
         return _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0] if match[2] is None else match[2]), value)
     return value

@@ -12,6 +12,7 @@ from tdro_cli.errors import TdroError, did_you_mean
 from tdro_cli.protocols import LoadedBackbone
 
 DECODER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MOST = 10**6  # of anything that a scratch model has so many of
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -85,6 +86,10 @@ class Scratch:
     """the longest text, in tokens"""
 
     def __post_init__(self) -> None:
+        for name in ("hidden_size", "layers", "heads", "intermediate_size", "vocab_size", "max_positions"):
+            size = getattr(self, name)
+            if size is not None and not 1 <= size <= MOST:
+                raise ValueError(f"{name} must be between 1 and {MOST:,}, got {size}")
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size {self.hidden_size} must be an even number times heads {self.heads}")
         if self.vocab_size < 300:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -413,16 +412,13 @@ def _check_choice(given: Sequence[str] | None, valid: Sequence[str], what: str) 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, line without its end) of the lines that are not blank."""
-    number = 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if line := line.rstrip("\r\n"):
-                    yield number, line
-    except UnicodeDecodeError as error:
-        raise _bad(path, number + 1, f"not UTF-8 ({error.reason})") from error
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise _bad(path, number + 1, f"the gzip file is broken ({error})") from error
+    from tdro_cli.data.formats import read_lines
+
+    for number, line in read_lines(path, what="benchmark file"):  # only \n ends a line: text holds other separators
+        try:
+            yield number, line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise _bad(path, number, f"not UTF-8 at byte {error.start}") from error
 
 
 def _open(path: Path) -> IO[str]:
@@ -437,10 +433,12 @@ def _bad(path: Path, line: int, reason: str) -> TdroError:
 
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    from tdro_cli.data.formats import json_value
+
     try:
-        value = json.loads(line)
+        value = json_value(line)
     except ValueError as error:
-        raise _bad(path, number, f"not JSON ({error})") from error
+        raise _bad(path, number, str(error)) from error
     if not isinstance(value, dict):
         raise _bad(path, number, f"a JSON object is expected, not {type(value).__name__}")
     return value
@@ -473,18 +471,27 @@ def _read_dpr_passages(path: Path) -> Iterator[Text]:
     """DPR's passages: a TSV with quotes, `id text title`."""
     import csv
 
-    from tdro_cli.data.formats import Passage, passage_text
+    from tdro_cli.data.formats import Passage, passage_text, reading
 
     csv.field_size_limit(1 << 24)
-    with _open(path) as file:
+    with reading(path, "benchmark file"), _open(path) as file:
         reader = csv.reader(file, delimiter="\t")
-        for row in reader:
+        for row in _each_row(reader, path):
             if reader.line_num == 1 and row == ["id", "text", "title"]:
                 continue
             if len(row) != 3:
                 raise _bad(path, reader.line_num, f"3 columns are expected (id, text, title), not {len(row)}")
             docid, text, title = row
             yield Text(docid, passage_text(Passage(docid, title, text)))
+
+
+def _each_row(reader: Any, path: Path) -> Iterator[list[str]]:
+    import csv
+
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise _bad(path, reader.line_num, str(error)) from error
 
 
 def _each_line(path: Path, take: Callable[[int, str], None]) -> None:
@@ -551,10 +558,9 @@ def _read_qrels(path: Path) -> Qrels:
         query_id, docid, score = (column.strip() for column in columns)
         if number == 1 and (query_id, score) == ("query-id", "score"):
             return
-        try:
-            qrels.setdefault(query_id, {})[docid] = int(score)
-        except ValueError:
-            raise _bad(path, number, f"the score {score!r} is not a whole number") from None
+        if not re.fullmatch(r"[-+]?[0-9]{1,9}", score):
+            raise _bad(path, number, f"the score {score[:40]!r} is not a whole number of at most 9 digits")
+        qrels.setdefault(query_id, {})[docid] = int(score)
 
     _each_line(path, take)
     if not qrels:
@@ -586,8 +592,10 @@ def _read_mkqa(path: Path, language: str, answerable: bool) -> tuple[list[Text],
             query_id, text = str(value["example_id"]), value["queries"][language]
             accepted = [answer for answer in value["answers"]["en"] if answer["type"] not in NOT_FOUND_IN_TEXT]
             strings = [s for answer in accepted for s in (answer.get("text"), *(answer.get("aliases") or ())) if s]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise _bad(path, number, f"not an MKQA example in {language!r}: {error}") from error
+        if not all(isinstance(one, str) for one in (text, *strings)):
+            raise _bad(path, number, f"not an MKQA example in {language!r}: a question or an answer is not text")
         if strings or not answerable:
             _add_query(queries, path, number, query_id, text)
             answers[query_id] = tuple(dict.fromkeys(strings))

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from tdro_cli.artifacts import refuse_endless
 from tdro_cli.errors import TdroError
 
 LAYOUTS = {
@@ -40,6 +42,7 @@ PAIRS = (
 )
 BAD_ROW_REMEDY = "fix the line or pass --skip-bad-rows"
 _CHUNK_ROWS, _CHUNK_BYTES = 1024, 1 << 24
+MOST_LINE_BYTES = 1 << 28  # 256 MiB: what has no line ends would be read into memory as a whole
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "parquet"}
 _SUFFIXES = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".parquet": "parquet", ".pq": "parquet"}
 
@@ -509,6 +512,12 @@ def read_lines(path: Path, *, what: str = "training file") -> Iterator[tuple[int
     if kind == "parquet":
         raise TdroError("Parquet has no lines", where=f"{path}", remedy="write it as JSON lines")
     for number, line in enumerate(_lines(path, kind, what), 1):
+        if len(line) > MOST_LINE_BYTES:
+            raise TdroError(
+                f"a line of more than {MOST_LINE_BYTES >> 20} MiB",
+                where=f"{path}:{number}",
+                remedy=f"a {what} has one JSON object a line; is this one?",
+            )
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if line and not line.isspace():
             yield number, line
@@ -532,6 +541,7 @@ def _container(path: Path, what: str = "training file") -> str:
 def reading(path: Path, what: str = "training file") -> Iterator[None]:
     """Turns what can go wrong with the file itself into a TdroError."""
     try:
+        refuse_endless(path)
         yield
     except FileNotFoundError as error:
         raise TdroError(f"no such {what}", where=f"{path}", remedy="check the path") from error
@@ -540,7 +550,7 @@ def reading(path: Path, what: str = "training file") -> Iterator[None]:
         if (path / "corpus.jsonl").exists() or (path / "corpus.jsonl.gz").exists():
             remedy += " (this is a test collection in BEIR layout)"
         raise TdroError(f"the {what} is a folder", where=f"{path}", remedy=remedy) from error
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+    except (OSError, ValueError, EOFError, zlib.error) as error:  # pyarrow's ArrowInvalid is a ValueError
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         remedy = "the file is damaged or cut short: fetch or write it again"
         raise TdroError(f"the {what} cannot be read: {reason}", where=f"{path}", remedy=remedy) from error
@@ -550,35 +560,53 @@ def _lines(path: Path, kind: str, what: str = "training file") -> Iterator[bytes
     with reading(path, what):
         if kind == "plain":
             with open(path, "rb", buffering=1 << 20) as file:
-                yield from file
+                yield from iter(lambda: file.readline(MOST_LINE_BYTES + 1), b"")
         else:
             import pyarrow as pa
 
             with pa.input_stream(str(path), compression=kind) as stream:
-                yield from io.BufferedReader(stream, 1 << 20)
+                file = io.BufferedReader(stream, 1 << 20)
+                yield from iter(lambda: file.readline(MOST_LINE_BYTES + 1), b"")
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_decode_json = json.JSONDecoder(parse_constant=_refuse_constant).decode
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number[:40]} is beyond a number of 64 bits")
+    return value
+
+
+_decode_json = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite).decode
+
+
+def json_value(line: str) -> Any:
+    """The value in a line of JSON, which can be written again. Raises ValueError with what is wrong in our words."""
+    try:
+        value = _decode_json(line)
+        if "\\ud" in line or "\\uD" in line:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair (\\ud800 to \\udfff)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    return value
 
 
 def _json_rows(path: Path) -> Iterator[_Row]:
     for number, line in read_lines(path):
         try:
-            value = _decode_json(line.decode().rstrip("\r\n"))
-            if b"\\ud" in line or b"\\uD" in line:
-                json.dumps(value, ensure_ascii=False).encode()
+            value = json_value(line.decode().rstrip("\r\n"))
         except UnicodeDecodeError as error:
             yield _Row(number, None, f"not UTF-8 at byte {error.start}", line)
-        except UnicodeEncodeError:
-            yield _Row(number, None, "holds half of a surrogate pair (\\ud800 to \\udfff)", line)
-        except json.JSONDecodeError as error:
-            yield _Row(number, None, f"not JSON: {error.msg} at character {error.pos + 1}", line)
-        except (ValueError, RecursionError) as error:
-            yield _Row(number, None, f"not JSON: {error}", line)
+        except ValueError as error:
+            yield _Row(number, None, str(error), line)
         else:
             reason = None if isinstance(value, (dict, list)) else f"not a JSON object but {_kind(value)}"
             yield _Row(number, value, reason, line)

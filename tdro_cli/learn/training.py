@@ -44,7 +44,7 @@ from tdro_cli.run import timing
 from tdro_cli.run.distributed import World
 from tdro_cli.run.engine import Engine, damage, keep_newest, remove, seed_everything
 from tdro_cli.run.memory import peak_memory
-from tdro_cli.run.plan import Plan, open_tasks
+from tdro_cli.run.plan import Plan, stores_of
 from tdro_cli.run.progress import Progress
 from tdro_cli.run.signals import StopWish
 
@@ -110,7 +110,7 @@ def training_tasks(plan: Plan, rows: str, *, need_negatives: bool = False) -> li
     Raises TdroError for a task left without any.
     """
     recipe = plan.settings()
-    stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
+    stores = stores_of(plan)
     fraction = recipe.train_ref.hold_out
     tasks = []
     for task in recipe.tasks:

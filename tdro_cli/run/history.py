@@ -476,14 +476,7 @@ def _raw_files(stages: Any) -> list[dict[str, Any]]:
 def _faults(stage: Mapping[str, Any]) -> Iterator[str]:
     """Files of a stage's output that are not what its manifest says."""
     folder, manifest = Path(stage["folder"]), stage["manifest"]
-    if artifacts.digest_of(manifest["numbers"]) != manifest["digest"]:
-        yield f"{folder / artifacts.MANIFEST}: its digest is not that of the numbers it names"
-    for name, digest in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            yield f"{path} is missing"
-        elif artifacts.digest_file(path) != digest:
-            yield f"{path} is not the file that was written"
+    yield from artifacts.faults_of(folder)
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file() and name != artifacts.MANIFEST and name not in manifest["files"]:

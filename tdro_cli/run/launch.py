@@ -87,7 +87,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     Raises TdroError if it can't be read, Problems with every bad line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = artifacts.read_text(path).splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise TdroError(f"can't read the host file {path}: {reason}", remedy=A_LINE) from None
@@ -124,6 +124,7 @@ def run_plan(plan: Plan, machines: Machines, shown: Progress, *, quiet: bool = F
     """
     folder = Path(plan.folder)
     if artifacts.is_complete(plan.out):
+        _refuse_damage(plan)
         artifacts.point_to(folder.parent / plan.stage, folder)
         return False
     with terminated_like_interrupted(), _alone(folder) as lock:
@@ -147,6 +148,15 @@ def run_plan(plan: Plan, machines: Machines, shown: Progress, *, quiet: bool = F
             )
     artifacts.point_to(folder.parent / plan.stage, folder)
     return True
+
+
+def _refuse_damage(plan: Plan) -> None:
+    """Raises RunFailed where a finished output is no longer what was written, before anything is built on it."""
+    index = Path(plan.cache) / "tasks" / "index"
+    faults = artifacts.faults_of(plan.out, lambda path: artifacts.digest_file_once(path, index))
+    if fault := next(faults, None):
+        remedy = f"remove {plan.out}, and the same command makes it anew; `tdro show {plan.folder} --verify` tells more"
+        raise RunFailed(f"the finished output of {plan.stage} is damaged", where=fault, remedy=remedy)
 
 
 def _is_divided(plan: Plan) -> bool:

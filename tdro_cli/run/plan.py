@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tdro_cli import __version__, artifacts, registry
-from tdro_cli.errors import Problems, TdroError
+from tdro_cli.errors import Problems, RunFailed, TdroError
 from tdro_cli.recipe import LoadedRecipe, PluginChoice, Recipe, Training
 
 STAGES = ("mine", "dedup", "backbone", "train-ref", "learn-weights", "transfer", "finetune", "eval")
@@ -146,6 +146,22 @@ def open_tasks(recipe: Recipe, files: Mapping[str, str], cache: Path) -> dict[st
             problems += error.errors if isinstance(error, Problems) else [error]
     if problems:
         raise Problems(problems)
+    return stores
+
+
+def stores_of(plan: Plan) -> dict[str, Any]:
+    """The training files of a stage. Raises RunFailed where one has changed since the plan was made.
+
+    Hours may lie between the two, and what is made of other rows must not carry the digest of these.
+    """
+    stores = open_tasks(plan.settings(), plan.tasks, Path(plan.cache))
+    for name, told in ((plan.numbers.get("held_out") or plan.numbers).get("tasks") or {}).items():
+        if told.get("data") not in (None, stores[name].digest):
+            raise RunFailed(
+                f"the training file of {name!r} has changed since this run was planned",
+                where=str(plan.tasks[name]),
+                remedy="start the same command again: it plans with the file as it is now",
+            )
     return stores
 
 

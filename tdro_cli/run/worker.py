@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tdro_cli import __version__, artifacts, registry
-from tdro_cli.errors import TdroError, full_disk
-from tdro_cli.run.plan import Plan, data_seed, open_tasks
+from tdro_cli.errors import TdroError, known_fault
+from tdro_cli.run.plan import Plan, data_seed, stores_of
 from tdro_cli.run.progress import Progress, Silent, progress
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def work(plan: Plan, shown: Progress) -> None:
     except TdroError:
         raise
     except Exception as error:
-        if fault := full_disk(error):
+        if fault := known_fault(error):
             raise fault from error
         raise
 
@@ -105,7 +105,7 @@ def mine(plan: Plan, shown: Progress) -> None:
     from tdro_cli.retrieve.mining import Alone, mine_tasks
 
     recipe = plan.settings()
-    stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
+    stores = stores_of(plan)
     with ExitStack() as stack:
         world: Any = Alone()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # alone, nothing here needs torch
@@ -132,7 +132,7 @@ def dedup(plan: Plan, shown: Progress) -> None:
 
     recipe = plan.settings()
     against = recipe.dedup.against or (recipe.eval.benchmarks if recipe.eval else [])
-    stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
+    stores = stores_of(plan)
     with publishing(plan) as out:
         summary = deduplicate_tasks(
             list(stores.values()), recipe.dedup, collections(against), folder=out, progress=shown
@@ -149,7 +149,7 @@ def backbone(plan: Plan, shown: Progress) -> None:
 
     join()
     recipe = plan.settings()
-    stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
+    stores = stores_of(plan)
     share = max(1, BACKBONE_TEXTS // (2 * len(stores)))
 
     def texts() -> Iterator[str]:
@@ -227,7 +227,7 @@ def transfer(plan: Plan, shown: Progress) -> None:
     from tdro_cli.learn.transfer import sampling_plan
 
     recipe = plan.settings()
-    stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
+    stores = stores_of(plan)
     learned = recipe.transfer.weights_from or (
         str(plan.input("learn-weights") / "weights.json") if "learn-weights" in plan.inputs else None
     )
@@ -272,7 +272,7 @@ def _held_out(plan: Plan) -> Iterator[Any]:
     recipe = plan.settings()
     if recipe.eval.held_out is None:
         return
-    stores = open_tasks(recipe, plan.tasks, Path(plan.cache))
+    stores = stores_of(plan)
     for task in recipe.tasks:
         yield held_out_collection(
             stores[task.name], task, recipe.train_ref.hold_out, **recipe.eval.held_out.model_dump()

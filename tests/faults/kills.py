@@ -7,6 +7,7 @@ differs from the undisturbed run's.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import multiprocessing
@@ -17,7 +18,9 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,7 +42,7 @@ PRELOADED = (  # what a run imports in time
     *("tdro_cli.model.export", "tdro_cli.cli", "tdro_cli.report.tables"),
 )
 DISTRIBUTED = ("train-ref", "learn-weights", "finetune")
-PATIENCE = 240.0  # seconds that a run may take to its end
+PATIENCE = 900.0  # seconds that a run may take to its end, on a machine that others use, too
 RECIPE = f"""
 name: killed
 seed: 3
@@ -97,7 +100,20 @@ def _command(folder: Path, told: Path, arguments: list[str]) -> None:
     sys.argv = ["tdro", *arguments]
     from tdro_cli import cli
 
-    cli.main()
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    # ends as an interpreter does: the fork server would call what goes wrong from here on a failure of the command
+    for last in (threading._shutdown, atexit._run_exitfuncs):
+        try:
+            last()
+        except BaseException:
+            print(f"while ending with {code}: {traceback.format_exc().splitlines()[-1]}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @dataclass
@@ -283,7 +299,8 @@ def _one_kill(server, project, runs, ranks, stage, how, seconds, draw, report: R
         report.kills[killed] += 1
         report.stages[where] += 1
     code = running.end()
-    told = running.told.read_text()
+    told = running.told.read_text() if running.told.exists() else ""  # killed before it said a word
+    told = f"{how} at {where}, exit code {code}\n{told}"
     assert "Traceback" not in told, told
     if how in ("SIGTERM", "SIGINT") and code == 130:
         assert re.search(r"stopped", told), told
