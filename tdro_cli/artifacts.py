@@ -83,6 +83,9 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -140,17 +143,18 @@ def faults_of(folder: Path, digest: Callable[[Path], str] = digest_file) -> Iter
     """What of a published artifact is not as its manifest says, one sentence each. `digest` of a file may remember."""
     try:
         manifest = manifest_of(folder)
-        digest_told, numbers, files = manifest["digest"], manifest["numbers"], manifest["files"]
-        if digest_of(numbers) != digest_told:
-            yield f"{folder / MANIFEST}: its digest is not that of the numbers it names"
-        for name, written in files.items():
-            path = folder / name
-            if not path.is_file():
-                yield f"{path} is missing"
-            elif digest(path) != written:
-                yield f"{path} is not the file that was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        same, files = digest_of(manifest["numbers"]) == manifest["digest"], dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         yield f"{folder / MANIFEST} can't be read: {error}"
+        return
+    if not same:
+        yield f"{folder / MANIFEST}: its digest is not that of the numbers it names"
+    for name, written in files.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif digest(path) != written:
+            yield f"{path} is not the file that was written"
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 MEMORY_WORDS = (
@@ -59,24 +60,45 @@ class Problems(TdroError):
         return [problem for error in self.errors for problem in error.problems()]
 
 
-def known_fault(error: BaseException) -> TdroError | None:
-    """What to tell the user of an error that a full disk, a path or the memory is to blame for; None for any other."""
+def known_fault(error: BaseException, where: str | None = None) -> TdroError | None:
+    """What to tell the user of an error that a full disk, a path or the memory is to blame for; None for any other.
+
+    `where` is the folder that was worked in, for errors that name no place.
+    """
     if isinstance(error, TdroError):
         return error
-    return _full_disk(error) or _unusable_path(error) or _out_of_memory(error)
+    return _full_disk(error, where) or _unusable_path(error) or _out_of_memory(error, where)
 
 
-def _full_disk(error: BaseException) -> TdroError | None:
-    if not isinstance(error, OSError) and not any(words in str(error) for words in FULL_WORDS):
-        return None
-    number = getattr(error, "errno", None)
-    # pyarrow gives the number in words only
-    if isinstance(error, OSError) and number not in FULL and not any(f"[errno {n}]" in str(error) for n in FULL):
+@contextmanager
+def known_faults(where: str) -> Iterator[None]:
+    """Turns such an error into what to tell the user. `where`: the folder that is worked in."""
+    try:
+        yield
+    except TdroError:
+        raise
+    except Exception as error:
+        if fault := known_fault(error, where):
+            raise fault from error
+        raise
+
+
+def _full_disk(error: BaseException, where: str | None) -> TdroError | None:
+    number, words = getattr(error, "errno", None), str(error).lower()
+    if isinstance(error, OSError):
+        # pyarrow and shutil give the number in words only
+        number = next((n for n in FULL if n == number or f"[errno {n}]" in words), None)
+    elif any(told.lower() in words for told in FULL_WORDS):
+        number = errno.ENOSPC
+    else:
+        number = None
+    if number is None:
         return None
     filename = getattr(error, "filename", None)
-    place = f" ({filename})" if filename else ""
     remedy = "make room, or name another folder by --runs; what is complete is kept, and the same command goes on"
-    return TdroError(f"the disk is full{place}: {os.strerror(number or errno.ENOSPC)}", remedy=remedy)
+    return RunFailed(
+        f"the disk is full: {os.strerror(number)}", where=os.fsdecode(filename) if filename else where, remedy=remedy
+    )
 
 
 def _unusable_path(error: BaseException) -> TdroError | None:
@@ -86,14 +108,14 @@ def _unusable_path(error: BaseException) -> TdroError | None:
     return TdroError(f"can't use the path: {error.strerror}", where=os.fsdecode(error.filename), remedy=remedy)
 
 
-def _out_of_memory(error: BaseException) -> TdroError | None:
+def _out_of_memory(error: BaseException, where: str | None) -> TdroError | None:
     if not isinstance(error, MemoryError) and not any(words in str(error) for words in MEMORY_WORDS):
         return None
     remedy = (
         "lower encoder.activation_tokens, encoder.micro_batch_tokens or the batch; --dry-run says what training needs; "
         "the same command goes on from the newest checkpoint"
     )
-    return RunFailed(f"not enough memory: {first_line(error) or 'none is left'}", remedy=remedy)
+    return RunFailed(f"not enough memory: {first_line(error) or 'none is left'}", where=where, remedy=remedy)
 
 
 def first_line(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from tdro_cli import artifacts
-from tdro_cli.errors import Problems, RunFailed, TdroError
+from tdro_cli.errors import Problems, RunFailed, TdroError, known_faults
 from tdro_cli.run.plan import DISTRIBUTED, Plan
 from tdro_cli.run.progress import Bar, Progress
 from tdro_cli.run.signals import die_with_parent, terminated_like_interrupted
@@ -127,7 +127,7 @@ def run_plan(plan: Plan, machines: Machines, shown: Progress, *, quiet: bool = F
         _refuse_damage(plan)
         artifacts.point_to(folder.parent / plan.stage, folder)
         return False
-    with terminated_like_interrupted(), _alone(folder) as lock:
+    with terminated_like_interrupted(), known_faults(plan.folder), _alone(folder) as lock:
         if artifacts.is_complete(plan.out):  # another run has just finished it
             return False
         for left_in in (folder, folder / "checkpoints"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tdro_cli import __version__, artifacts, registry
-from tdro_cli.errors import Problems, RunFailed, TdroError
+from tdro_cli.errors import Problems, RunFailed, TdroError, known_faults
 from tdro_cli.recipe import LoadedRecipe, PluginChoice, Recipe, Training
 
 STAGES = ("mine", "dedup", "backbone", "train-ref", "learn-weights", "transfer", "finetune", "eval")
@@ -139,9 +139,10 @@ def open_tasks(recipe: Recipe, files: Mapping[str, str], cache: Path) -> dict[st
     stores, problems = {}, []
     for task in recipe.tasks:
         try:
-            stores[task.name] = open_task(
-                task.name, Path(files[task.name]), cache=cache / "tasks", skip_bad_rows=recipe.skip_bad_rows
-            )
+            with known_faults(str(cache)):
+                stores[task.name] = open_task(
+                    task.name, Path(files[task.name]), cache=cache / "tasks", skip_bad_rows=recipe.skip_bad_rows
+                )
         except TdroError as error:
             problems += error.errors if isinstance(error, Problems) else [error]
     if problems:

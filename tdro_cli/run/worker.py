@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tdro_cli import __version__, artifacts, registry
-from tdro_cli.errors import TdroError, known_fault
+from tdro_cli.errors import TdroError, known_faults
 from tdro_cli.run.plan import Plan, data_seed, stores_of
 from tdro_cli.run.progress import Progress, Silent, progress
 
@@ -27,14 +27,8 @@ BACKBONE_TEXTS = 200_000  # texts of all tasks that a tokenizer is trained on, a
 
 def work(plan: Plan, shown: Progress) -> None:
     """Runs the stage in this process, alone or as one rank, and publishes its output."""
-    try:
+    with known_faults(plan.folder):
         STAGES[plan.stage](plan, shown)
-    except TdroError:
-        raise
-    except Exception as error:
-        if fault := known_fault(error):
-            raise fault from error
-        raise
 
 
 @contextmanager

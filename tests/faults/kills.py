@@ -91,6 +91,7 @@ def fork_server() -> Any:
 
 
 def _command(folder: Path, told: Path, arguments: list[str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     os.setsid()  # so that Ctrl-C can reach the whole group, as a terminal sends it
     os.chdir(folder)
     with open(told, "w") as file:

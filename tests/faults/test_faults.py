@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
+import kills  # noqa: E402
+
 from tdro_cli import artifacts  # noqa: E402
 from tdro_cli.errors import RunFailed, TdroError  # noqa: E402
 from tdro_cli.run.launch import Machines, run_plan  # noqa: E402
@@ -38,24 +40,64 @@ def small_disk(tmp_path):
 
 
 def used(folder: Path) -> int:
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    told = subprocess.run(["df", "-B1", "--output=used", str(folder)], capture_output=True, text=True, check=True)
+    return int(told.stdout.split()[-1])
 
 
-def test_a_full_disk_ends_a_run_in_one_sentence_and_room_lets_it_go_on(experiment, small_disk):
-    overrides = ("transfer.strategy=uniform", "finetune.steps=6")
-    runs = experiment.runs
-    for plan in list(experiment.plans(*overrides).values())[:-1]:
-        run_plan(plan, Machines(), Silent())
-    experiment.runs = small_disk(used(runs) + 350_000) / "runs"  # room for the log, none for a checkpoint
-    shutil.copytree(runs, experiment.runs, symlinks=True)
-    plan = experiment.plans(*overrides)["finetune"]
-    with pytest.raises(TdroError, match="the disk is full") as fault:
-        run_plan(plan, Machines(), Silent())
-    assert "make room" in fault.value.remedy
-    assert not plan.out.exists() and not list(plan.out.parent.rglob("*.partial/manifest.json"))
-    subprocess.run(["mount", "-o", "remount,size=200m", str(experiment.runs.parent)], check=True)
-    run_plan(plan, Machines(), Silent())
-    assert artifacts.is_complete(plan.out)
+def remove_stage(runs: Path, stage: str) -> None:
+    for left in runs.glob(f"*/{stage}-????????????"):
+        shutil.rmtree(left)
+
+
+STAGES = ("dedup", "train-ref", "learn-weights", "transfer", "finetune", "eval")
+WITH_JAVA = [pytest.param("mine", marks=pytest.mark.slow)]
+
+
+@pytest.fixture
+def overrides(tmp_path):
+    """All stages on made-up documents; one rank, no Java but to mine."""
+    test = tmp_path / "collection"
+    (test / "qrels").mkdir(parents=True)
+    (test / "corpus.jsonl").write_text("".join(f'{{"_id": "d{n}", "text": "wrap the text {n}"}}\n' for n in range(40)))
+    (test / "queries.jsonl").write_text('{"_id": "q", "text": "wrap it"}\n')
+    (test / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\td1\t1\n")
+    measured = f"benchmarks: [{{name: folder, options: {{path: {test}}}}}]"
+    return ("dedup={}", f"eval={{{measured}, models: [train_ref], compare_to: null}}", "transfer.strategy=uniform")
+
+
+def content(out: Path, stage: str) -> dict[str, str]:
+    """An output without the facts of an evaluation, which name the folder of the model."""
+    return {name: held for name, held in kills.essence(out).items() if stage != "eval" or "facts" not in name}
+
+
+@pytest.mark.parametrize("stage", [*STAGES, *WITH_JAVA])
+def test_a_full_disk_ends_any_stage_in_one_sentence_and_room_lets_it_go_on(
+    tiny_recipe, tdro, tmp_path, small_disk, overrides, stage
+):
+    more = ("mine={keep: 2}",) if stage == "mine" else ()
+    arguments = [str(tiny_recipe), *(word for override in (*overrides, *more) for word in ("--set", override))]
+    whole = tmp_path / "whole"
+    assert tdro(stage, *arguments, "--runs", str(whole))[0] == 0
+    (expected,) = whole.glob(f"*/{stage}-????????????/out")
+    disk, faults = small_disk(200 << 20), 0
+    for room in (0, 1 << 14, 1 << 16, 1 << 18):
+        shutil.copytree(whole, disk / "runs", symlinks=True)
+        remove_stage(disk / "runs", stage)
+        subprocess.run(["mount", "-o", f"remount,size={used(disk) + room}", str(disk)], check=True)
+        code, _, err = tdro(stage, *arguments, "--runs", str(disk / "runs"))
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        out = next((disk / "runs").glob(f"*/{stage}-????????????/out"), None)
+        if code:
+            faults += 1
+            assert code == 1 and err.count("error: ") == 1 and "the disk is full" in err and "make room" in err, err
+            assert str(disk) in err and out is None, err
+            assert not list(disk.rglob("*.partial/manifest.json"))
+            code, _, err = tdro(stage, *arguments, "--runs", str(disk / "runs"))
+        assert code == 0, err
+        (out,) = (disk / "runs").glob(f"*/{stage}-????????????/out")
+        assert [content(one, stage) for one in (out, expected)] == [content(expected, stage)] * 2
+        shutil.rmtree(disk / "runs")
+    assert faults >= 2
 
 
 @pytest.mark.parametrize("runs", ["/proc/tdro", "/dev/null/runs"])
@@ -104,3 +146,51 @@ def test_what_a_killed_process_left_is_gone_after_the_next_run(experiment):
         left.write_text("half")
     run_plan(plan, Machines(), Silent())
     assert not list(folder.rglob(".*.partial"))
+
+
+# ---- what was changed behind our back ----
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "removed", "empty"])
+@pytest.mark.parametrize("file", ["model/model.safetensors", "training.json", "manifest.json"])
+def test_nothing_is_built_on_a_finished_output_that_was_changed(experiment, file, how):
+    path = experiment.plans(stage="train-ref")["train-ref"].out / file
+    data = path.read_bytes()
+    if how == "removed" and file == "manifest.json":
+        pytest.skip("that is no finished output: the stage is done again")
+    path.unlink()  # another inode, as an editor makes one
+    changed = {"flipped": data[:50] + bytes([data[50] ^ 1]) + data[51:], "cut": data[:-9], "empty": b""}
+    if how != "removed":
+        path.write_bytes(changed[how])
+    with pytest.raises(RunFailed, match="the finished output of train-ref is damaged") as fault:
+        experiment.run(stage="learn-weights")
+    assert str(path) in fault.value.where and f"remove {path.parents[file.count('/')]}" in fault.value.remedy
+    shutil.rmtree(path.parents[file.count("/")])
+    assert artifacts.is_complete(experiment.run(stage="learn-weights"))
+
+
+def test_weights_that_were_changed_by_hand_are_not_used(experiment):
+    weights = experiment.run(stage="learn-weights") / "weights.json"
+    told = json.loads(weights.read_text())
+    name = next(iter(told["tasks"]))
+    told["tasks"][name]["weight"] = 0.9
+    weights.write_text(json.dumps(told))
+    with pytest.raises(RunFailed, match="learn-weights is damaged"):
+        experiment.run(stage="transfer")
+
+
+@pytest.mark.parametrize("stage", ["train-ref", "learn-weights", "transfer", "finetune"])
+def test_a_training_file_that_changes_after_planning_stops_the_stage(experiment, tmp_path, stage):
+    source = next(task.path for task in experiment.plans(stage="transfer")["transfer"].settings().tasks)
+    path = tmp_path / "changing.jsonl.gz"
+    shutil.copyfile(source, path)
+    overrides = (f"tasks.shell.path={path}", "transfer.strategy=uniform", "seed=8")
+    plans = list(experiment.plans(*overrides, stage=stage).values())
+    for plan in plans[:-1]:
+        run_plan(plan, Machines(), Silent())
+    with gzip.open(source, "rt") as file, gzip.open(path, "wt") as other:
+        other.writelines(list(file)[1:])
+    with pytest.raises(RunFailed, match="the training file of 'shell' has changed") as fault:
+        run_plan(plans[-1], Machines(), Silent())
+    assert str(path) in fault.value.where and not plans[-1].out.exists()
+    assert artifacts.is_complete(experiment.run(*overrides, stage=stage))
