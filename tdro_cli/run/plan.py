@@ -133,16 +133,20 @@ def _check_benchmarks(loaded: LoadedRecipe, wanted: set[str]) -> None:
 
 
 def open_tasks(recipe: Recipe, files: Mapping[str, str], cache: Path) -> dict[str, Any]:
-    """The training files by task name. Raises Problems with the faults of all of them."""
+    """The training files by task name. Raises Problems with the faults of all, or what is wrong with `cache`."""
+    with known_faults(str(cache)):
+        return _open_tasks(recipe, files, cache)
+
+
+def _open_tasks(recipe: Recipe, files: Mapping[str, str], cache: Path) -> dict[str, Any]:
     from tdro_cli.data.tasks import open_task
 
     stores, problems = {}, []
     for task in recipe.tasks:
         try:
-            with known_faults(str(cache)):
-                stores[task.name] = open_task(
-                    task.name, Path(files[task.name]), cache=cache / "tasks", skip_bad_rows=recipe.skip_bad_rows
-                )
+            stores[task.name] = open_task(
+                task.name, Path(files[task.name]), cache=cache / "tasks", skip_bad_rows=recipe.skip_bad_rows
+            )
         except TdroError as error:
             problems += error.errors if isinstance(error, Problems) else [error]
     if problems:
