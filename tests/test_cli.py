@@ -1,9 +1,11 @@
+import fcntl
 import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -278,16 +280,24 @@ def test_the_console_script_ends_with_the_code_and_without_a_traceback():
         assert ended.returncode == code and "Traceback" not in ended.stderr
 
 
-def test_ctrl_c_ends_with_130_and_says_how_to_go_on():
-    os.mkfifo("pipe.yaml")
-    command = [sys.executable, "-m", "tdro_cli", "recipe", "check", "pipe.yaml"]
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path):
+    from tdro_cli.data.tasks import open_task
+
+    cache = Path("runs/.cache/tasks")
+    cache.mkdir(parents=True)
+    made = open_task("tunnels", "data/tunnels.jsonl", cache=tmp_path / "cache")
+    command = [sys.executable, "-m", "tdro_cli", "recipe", "check"]
     # a suite that runs in a shell's background hands its ignored Ctrl-C down
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
-        writer = os.open("pipe.yaml", os.O_WRONLY)  # returns when the command waits for the recipe's text
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-        os.close(writer)
+    with open(cache / f".{made.folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
+            opened = Path(f"/proc/{process.pid}/fd")
+            while not any(os.path.realpath(one) == os.path.realpath(lock.name) for one in opened.iterdir()):
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.05)  # until it waits for the file that we are importing
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
 
 
