@@ -198,7 +198,15 @@ def _processes(parent: int, words: str) -> Iterator[int]:
 # ---- what is left ----
 
 # what says when and how fast, and what was found in a cache: everything else is the same in every run
-OF_THE_MOMENT = {"published", "published_from", "seconds", "seconds_left", "tokens_per_second", "peak_memory"}
+OF_THE_MOMENT = {
+    "published",
+    "published_from",
+    "seconds",
+    "seconds_left",
+    "tokens_per_second",
+    "waiting_share",
+    "peak_memory",
+}
 OF_THE_MOMENT |= {"files", "base_model_name_or_path"}
 COUNTED_BY_PROCESS = {"reference_forwards", "reference_hits", "queries_per_second", "forwards", "hits"}
 
