@@ -92,6 +92,7 @@ def fork_server() -> Any:
 
 def _command(folder: Path, told: Path, arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until there is a command to be stopped
     os.setsid()  # so that Ctrl-C can reach the whole group, as a terminal sends it
     os.chdir(folder)
     with open(told, "w") as file:
@@ -102,8 +103,12 @@ def _command(folder: Path, told: Path, arguments: list[str]) -> None:
     from tdro_cli import cli
 
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         cli.main()
         code = 0
+    except KeyboardInterrupt:  # before it had begun
+        print("stopped", file=sys.stderr)
+        code = 130
     except SystemExit as end:
         code = end.code or 0
     # ends as an interpreter does: the fork server would call what goes wrong from here on a failure of the command
@@ -171,10 +176,10 @@ def strike(running: Running, how: str, draw: random.Random) -> str:
             return how
         how = "SIGKILL"
     if running.process.is_alive():
-        if how == "SIGINT" and os.getpgid(pid) == pid:
+        if how == "SIGINT":
+            while os.getpgid(pid) != pid:  # not yet the head of a group: a process that is no command yet
+                time.sleep(0.01)
             os.killpg(pid, signal.SIGINT)
-        elif how == "SIGINT":  # not yet the head of a group
-            os.kill(pid, signal.SIGINT)
         else:
             os.kill(pid, getattr(signal, how))
     return how
