@@ -193,11 +193,12 @@ def test_a_wish_to_stop_is_granted_after_a_step_with_a_checkpoint(experiment):
     plan = plans.pop("finetune")
     for before in plans.values():
         run_plan(before, Machines(), Silent())
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped, match="stopped after step 3 of 6") as stopped:
         run_plan(plan, Machines(), Impatient())
     assert stopped.value.exit_code == 130
     assert [p.name for p in (Path(plan.folder) / "checkpoints").iterdir()] == ["step-000003"]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is handler
     run_plan(plan, Machines(), Silent())
     assert steps_logged(plan) == list(range(6))
 

@@ -264,7 +264,7 @@ def test_what_a_run_has_told_it_does_not_tell_again(monkeypatch, capsys):
 def test_a_run_warns_before_it_trains_and_not_when_nothing_is_to_be_trained(tdro):
     code, _, err = tdro("transfer", "--set", "transfer.strategy=uniform")
     assert code == 0 and "only 4 rows" not in err
-    code, _, err = tdro("train-ref", "--set", "train_ref.batch.queries=5000000")  # fails after the warnings
+    code, _, err = tdro("train-ref", "--set", "train_ref.batch.queries=1000000")  # fails after the warnings
     assert code == 2 and "only 4 rows" in err
 
 
