@@ -63,10 +63,11 @@ def test_the_first_signal_is_a_wish_and_the_second_an_end():
 
 
 def test_termination_cleans_up_like_an_interruption():
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), terminated_like_interrupted():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells a child that its parent is gone")
