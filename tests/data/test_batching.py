@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import tracemalloc
 import warnings
 
@@ -53,6 +54,12 @@ def test_equal_tasks_share_a_mixed_batch_equally_and_the_remainder_goes_round():
     counts = [task_counts(mixed, step).tolist() for step in range(3)]
     assert counts == [[2, 2, 3], [2, 3, 2], [3, 2, 2]]  # 7 = 2 + 2 + 3
     assert task_counts(mixed, 3).tolist() == counts[0]
+    assert [drawn_before(mixed, step).tolist() for step in (1, 2, 3, 4)] == [
+        [2, 2, 3],
+        [4, 5, 5],
+        [7, 7, 7],
+        [9, 9, 10],
+    ]
 
 
 def test_unequal_tasks_share_a_mixed_batch_by_their_probabilities():
@@ -151,12 +158,13 @@ def test_a_stratified_mixed_batch_has_the_expected_counts_rounded_down_or_up(dra
 
 @pytest.mark.parametrize("queries", [10**6, 10**9])
 def test_a_mixed_batch_has_its_size_whatever_the_rounding_of_many_shares(queries):
-    weights = np.random.default_rng(0).random(500) ** 8
-    weights[-1] = 0.0
-    large = plan((9,) * 500, tuple(weights / weights.sum()), queries, composition="mixed")
-    for step in range(200):
-        counts = task_counts(large, step)
-        assert counts.sum() == queries and counts.min() >= 0 and counts[-1] == 0
+    for seed in range(40):
+        weights = np.random.default_rng(seed).random(100 + 10 * seed) ** 8
+        weights[-1] = 0.0
+        large = plan((9,) * len(weights), tuple(weights / weights.sum()), queries, composition="mixed")
+        for step in range(5):
+            counts = task_counts(large, step)
+            assert counts.sum() == queries and counts.min() >= 0 and counts[-1] == 0
 
 
 @settings(max_examples=100, deadline=None)
@@ -425,6 +433,10 @@ def test_schedules_stay_what_they_were():
     def first(draws):
         return task_schedule(plan((40, 30, 7), (0.5, 0.3, 0.2), 5, draws=draws, seed=1), 16).tolist()
 
+    few = task_schedule(plan((9,) * 3, (0.7, 0.2, 0.1)), 20).tolist()
+    assert few == [0, 0, 1, 0, 0, 2, 0, 0, 1, 0, 0, 0, 1, 0, 0, 2, 0, 0, 1, 0]
+    many = task_schedule(plan((9,) * 500, tuple(next(awkward_shares()).tolist())), 3000)
+    assert hashlib.sha256(many.astype("<i8").tobytes()).hexdigest().startswith("7eb7109cfca83480")
     # tasks of one deadline, in the order of the seed
     assert task_schedule(plan((9,) * 6, (1 / 6,) * 6), 12).tolist() == [3, 1, 0, 5, 2, 4] * 2
     assert first("stratified") == [0, 1, 0, 2, 0, 1, 0, 2, 1, 0, 0, 1, 0, 2, 0, 1]
