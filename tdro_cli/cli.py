@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from tdro_cli.errors import Problems, RunFailed, TdroError, first_line, known_fault
+from tdro_cli.run.signals import Interruption
 
 app = typer.Typer(
     help="Learn how much of each retrieval training task to use, fine-tune with it, and prove the gain.",
@@ -838,17 +839,18 @@ def main() -> None:
     """Runs the command; faults become one clear text and an exit code."""
     let_threads_wait(os.environ)
     debug, as_json = "--debug" in sys.argv, "--json" in sys.argv
+    interruption = Interruption()
     try:
-        app()
-    except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and end.code != 130:  # typer's code for Ctrl-C, of which it says nothing
-            raise
-        print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        raise SystemExit(1) from None
-    except Exception as error:
-        if debug:
+        with interruption:
+            app()
+    except BaseException as error:
+        # typer turns an interruption into this exit code, and says nothing of it
+        if interruption.happened or isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) == 130:
+            print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr)
+            raise SystemExit(130) from None
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None
+        if debug or not isinstance(error, Exception):
             raise
         fault = known_fault(error) or _unknown_fault(error)
         _report(fault, as_json)

@@ -301,6 +301,38 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
 
 
+RUDE = """
+import time
+class Rude:
+    def __call__(self, *given, **named):
+        open("begun", "w").close()
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            raise RuntimeError("an error of the library's own") from None
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_library_that_answers_ctrl_c_with_an_error_is_stopped_all_the_same(tmp_path, number):
+    info = tmp_path / "site" / "tdro_rude-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tdro-rude\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[tdro.transfer_strategies]\nrude = tdro_rude:Rude\n")
+    (tmp_path / "site" / "tdro_rude.py").write_text(RUDE)
+    search = os.pathsep.join([str(info.parent), *sys.path])
+    command = [sys.executable, "-m", "tdro_cli", "transfer", "--set", "transfer.strategy=rude"]
+    heard = functools.partial(signal.signal, number, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": search}, preexec_fn=heard
+    ) as process:
+        while process.poll() is None and not Path("begun").exists():
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.splitlines()[-1].startswith("stopped; the same command goes on"), err
+
+
 def test_a_reader_that_leaves_early_makes_no_noise():
     command = f"{sys.executable} -m tdro_cli recipe schema | head -c 10"
     ended = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)

@@ -24,13 +24,12 @@ from tdro_cli.data.collation import TokenBatch, TrainingTask, collate
 from tdro_cli.data.tokenization import TextTokenizer
 from tdro_cli.errors import RunFailed, TdroError
 from tdro_cli.run import timing
-from tdro_cli.run.signals import die_with_parent
+from tdro_cli.run.signals import STOPPING, die_with_parent
 
 if TYPE_CHECKING:
     from tdro_cli.run.distributed import World
 
 SWITCH = "TDRO_DATA_WORKERS"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # meant for the training process, which ends its workers
 MOST_WORKERS = 8  # each tokenizes thousands of texts a second
 
 
@@ -90,7 +89,7 @@ class Arriving:
         todo = iter(self.steps)
         pool, make = self._pool()
         try:
-            with _blocked(SIGNALS):  # processes start with signals blocked, until they know how to treat them
+            with _blocked(STOPPING):  # processes start with signals blocked, until they know how to treat them
                 coming.extend(pool.submit(make, step) for step in islice(todo, max(1, self.workers)))
             while coming:
                 batch = self._next(coming.popleft())
@@ -134,7 +133,7 @@ _collation: Collation  # of a worker process
 
 def _begin(collation: Collation) -> None:
     global _collation
-    for number in SIGNALS:
+    for number in STOPPING:  # meant for the training process, which ends its workers
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(signal.SIGKILL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism

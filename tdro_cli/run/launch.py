@@ -24,7 +24,7 @@ from tdro_cli import artifacts
 from tdro_cli.errors import Problems, RunFailed, TdroError, known_faults
 from tdro_cli.run.plan import DISTRIBUTED, Plan
 from tdro_cli.run.progress import Bar, Progress
-from tdro_cli.run.signals import die_with_parent, terminated_like_interrupted
+from tdro_cli.run.signals import die_with_parent
 
 LOOK_SECONDS = 0.5  # between two looks at how far the ranks are
 PROGRESS_LINE = re.compile(rb"  \S.*: \d+(/\d+)? \w+, ")  # as `progress.Plain` writes it
@@ -127,12 +127,13 @@ def run_plan(plan: Plan, machines: Machines, shown: Progress, *, quiet: bool = F
         _refuse_damage(plan)
         artifacts.point_to(folder.parent / plan.stage, folder)
         return False
-    with terminated_like_interrupted(), known_faults(plan.folder), _alone(folder) as lock:
+    with known_faults(plan.folder), _alone(folder) as lock:
         if artifacts.is_complete(plan.out):  # another run has just finished it
             return False
         for left_in in (folder, folder / "checkpoints"):
             artifacts.sweep(left_in)
-        artifacts.sweep_orphans(folder.parent)
+        for shared in (folder.parent, Path(plan.cache) / "tasks" / "index"):
+            artifacts.sweep_orphans(shared)
         path = plan.save()
         if machines.many and _is_divided(plan):
             _launch(plan, path, machines, shown, lock)

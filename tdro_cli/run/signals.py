@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends
 
 
 def die_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
     """Has this process sent `by` when the one that started it is gone, so that no rank is left behind. Linux only."""
     if sys.platform == "linux":
+        import ctypes
+
         set_death_signal = 1
         ctypes.CDLL(None).prctl(set_death_signal, int(by))
 
 
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """Inside, SIGTERM raises KeyboardInterrupt, so that what was begun is cleaned up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+class Interruption:
+    """As a context, has SIGINT and SIGTERM raise KeyboardInterrupt, so that what was begun is cleaned up.
+
+    A library that is interrupted may answer with an error of its own: `happened` tells that from a fault.
+    """
+
+    def __init__(self) -> None:
+        self.happened = False
+
+    def __enter__(self) -> Interruption:
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self._hear) for number in heard}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: object) -> None:
+        self.happened = True
+        raise KeyboardInterrupt
 
 
 class StopWish:
@@ -39,7 +52,7 @@ class StopWish:
     def __enter__(self) -> StopWish:
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {number: signal.signal(number, self._hear) for number in STOPPING}
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -144,8 +144,13 @@ def test_what_a_killed_process_left_is_gone_after_the_next_run(experiment):
     for left in (folder / ".out.1-00000000.partial" / "half", folder / "checkpoints" / ".step-000002.partial" / "half"):
         left.parent.mkdir(parents=True)
         left.write_text("half")
+    shared = (
+        Path(plan.cache) / "tasks" / "index" / ".digest.json.4194305-00000000.partial"
+    )  # no process has that number
+    shared.write_text("half")
+    kills.pass_an_hour(shared.parent)
     run_plan(plan, Machines(), Silent())
-    assert not list(folder.rglob(".*.partial"))
+    assert not list(folder.rglob(".*.partial")) and not shared.exists()
 
 
 # ---- what was changed behind our back ----

@@ -10,7 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 from tdro_cli.run.distributed import World, join  # noqa: E402
-from tdro_cli.run.signals import StopWish, terminated_like_interrupted  # noqa: E402
+from tdro_cli.run.signals import STOPPING, Interruption, StopWish  # noqa: E402
 
 
 def test_a_process_alone_exchanges_nothing():
@@ -62,12 +62,27 @@ def test_the_first_signal_is_a_wish_and_the_second_an_end():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_termination_cleans_up_like_an_interruption():
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), terminated_like_interrupted():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
-    assert signal.getsignal(signal.SIGTERM) is handler
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_interrupts_and_is_remembered(number):
+    handler = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
+            assert not interruption.happened
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        assert interruption.happened and signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, handler)
+
+
+def test_what_is_ignored_stays_ignored():
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not interruption.happened
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells a child that its parent is gone")
