@@ -44,6 +44,11 @@ def stamp_of(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
+def index_of(cache: Path) -> Path:
+    """The folder where digests of files are remembered, below the cache of a folder of runs."""
+    return cache / "tasks" / "index"
+
+
 def memo_of(path: Path, index: Path) -> Path:
     """Where the digest of `path` is remembered, below the folder `index`."""
     return index / f"{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]}.json"
@@ -59,12 +64,13 @@ def remembered_digest(memo: Path, stamp: list[int]) -> str | None:
 
 
 def digest_file_once(path: Path, index: Path) -> str:
-    """SHA-256 of a file's bytes, remembered below `index` until the file changes."""
+    """SHA-256 of a file's bytes, remembered below `index` until the file changes, where that can be written."""
     memo, stamp = memo_of(path, index), stamp_of(path)
     digest = remembered_digest(memo, stamp)
     if digest is None:
         digest = digest_file(path)
-        write_json(memo, {"stamp": stamp, "sha256": digest})
+        with suppress(OSError):
+            write_json(memo, {"stamp": stamp, "sha256": digest})
     return digest
 
 
@@ -149,6 +155,11 @@ def faults_of(folder: Path, digest: Callable[[Path], str] = digest_file) -> Iter
         return
     if not same:
         yield f"{folder / MANIFEST}: its digest is not that of the numbers it names"
+    yield from file_faults(folder, files, digest)
+
+
+def file_faults(folder: Path, files: Mapping[str, str], digest: Callable[[Path], str] = digest_file) -> Iterator[str]:
+    """The same of files alone: {name: digest as it was written}."""
     for name, written in files.items():
         path = folder / name
         if not path.is_file():

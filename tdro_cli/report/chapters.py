@@ -42,14 +42,17 @@ def write_report(
 ) -> dict[str, Any]:
     """Writes the report of the experiment that `target` names: a recipe, its folder of runs, or anything below.
 
-    Returns {"file", "replaced", "files", "stages"}. Raises TdroError if there is nothing to report, or if the file
-    exists and `force` is not set.
+    A stage whose output was changed is left out, with a warning. Returns {"file", "replaced", "files", "stages"}.
+    Raises TdroError if there is nothing to report, or if the file exists and `force` is not set.
     """
     from tdro_cli.report import page
 
     experiment = _experiment(target, overrides, runs)
     to = to or Path(f"{experiment.name}-report.html")
     page.check_target(to, force=force)
+    for run in experiment.stages.values():
+        if run.fault:
+            progress.warn(f"{run.stage} is left out, as it is damaged: {run.fault}")
     replaced = to.exists()
     written = page.write(report(experiment, _health_of(experiment, progress)), to)
     stages = {stage: run.status for stage, run in experiment.stages.items()}
@@ -152,7 +155,7 @@ def _state(run: StageRun) -> str:
     if run.status == "absent":
         return f"{run.stage}: not begun"
     done = f", {run.steps_done:,} of {run.steps:,} steps" if run.steps and run.steps_done else ""
-    words = {"partial": "begun and stopped", "running": "running", "damaged": "its manifest can't be read"}
+    words = {"partial": "begun and stopped", "damaged": f"damaged: {run.fault}"}
     return f"{run.stage}: {words.get(run.status, run.status)}{done}"
 
 

@@ -201,10 +201,7 @@ def damage(folder: Path) -> str | None:
         files = dict(artifacts.manifest_of(folder)["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{artifacts.MANIFEST} can't be read"
-    for name, digest in files.items():
-        if not (folder / name).is_file() or artifacts.digest_file(folder / name) != digest:
-            return f"{name} is not the file that was written"
-    return None
+    return next(artifacts.file_faults(folder, files), None)
 
 
 def remove(folder: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,10 @@ def _steps_done(metrics: Path) -> int | None:
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage of an experiment. `status` is that of `list_runs`, or absent: nothing of it was begun."""
+    """One stage of an experiment. `status` is that of `list_runs`, or absent: nothing of it was begun.
+
+    Here damaged is also an output that is no longer what was written; `fault` says in what.
+    """
 
     stage: str
     status: str
@@ -142,6 +145,7 @@ class StageRun:
     steps_done: int | None = None
     steps: int | None = None
     plan: Mapping[str, Any] = field(default_factory=dict)
+    fault: str | None = None
 
     @property
     def out(self) -> Path:
@@ -155,7 +159,9 @@ class StageRun:
             return None
 
     def metrics(self) -> list[dict[str, Any]]:
-        """What was logged, a step an item; of a run that goes on, up to now."""
+        """What was logged, a step an item; of a run that goes on, up to now; of a damaged one, nothing."""
+        if self.fault:
+            return []
         from tdro_cli.learn.training import read_metrics
 
         path = next((p for p in (self.out / "metrics.jsonl", self.folder / "metrics.jsonl") if p.is_file()), None)
@@ -224,13 +230,22 @@ def planned_experiment(plans: Mapping[str, Any]) -> Experiment:
 
 
 def _experiment(plan: Mapping[str, Any], runs: Sequence[StageRun], folder: Path) -> Experiment:
-    found = {run.stage: run for run in runs}
+    found = {run.stage: _checked(run, folder.parent) for run in runs}
     stages = {name: found.get(name, StageRun(name, "absent", folder / name)) for name in _stages_of(plan, found)}
     used = {run.folder.name for run in runs}
     others = [run for run in list_runs(folder.parent) if run["recipe"] == folder.name] if folder.is_dir() else []
     others = [run for run in others if Path(run["folder"]).name not in used]
     text, overrides = plan.get("recipe_text", ""), plan.get("overrides", ())
     return Experiment(plan["recipe"], text, overrides, folder, stages, others)
+
+
+def _checked(run: StageRun, runs: Path) -> StageRun:
+    """The run, damaged where its output is not what its manifest says."""
+    if run.status not in ("complete", "damaged"):
+        return run
+    index = artifacts.index_of(runs / ".cache")
+    fault = next(artifacts.faults_of(run.out, lambda path: artifacts.digest_file_once(path, index)), None)
+    return replace(run, status="damaged", fault=fault) if fault else run
 
 
 def _stages_of(plan: Mapping[str, Any], found: Mapping[str, StageRun]) -> list[str]:

@@ -132,7 +132,7 @@ def run_plan(plan: Plan, machines: Machines, shown: Progress, *, quiet: bool = F
             return False
         for left_in in (folder, folder / "checkpoints"):
             artifacts.sweep(left_in)
-        for shared in (folder.parent, Path(plan.cache) / "tasks" / "index"):
+        for shared in (folder.parent, artifacts.index_of(Path(plan.cache))):
             artifacts.sweep_orphans(shared)
         path = plan.save()
         if machines.many and _is_divided(plan):
@@ -153,7 +153,7 @@ def run_plan(plan: Plan, machines: Machines, shown: Progress, *, quiet: bool = F
 
 def _refuse_damage(plan: Plan) -> None:
     """Raises RunFailed where a finished output is no longer what was written, before anything is built on it."""
-    index = Path(plan.cache) / "tasks" / "index"
+    index = artifacts.index_of(Path(plan.cache))
     faults = artifacts.faults_of(plan.out, lambda path: artifacts.digest_file_once(path, index))
     if fault := next(faults, None):
         remedy = f"remove {plan.out}, and the same command makes it anew; `tdro show {plan.folder} --verify` tells more"

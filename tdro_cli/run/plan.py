@@ -349,7 +349,7 @@ def _training(section: Training, cache: Path) -> dict[str, Any]:
         folder = Path(model_folder(source))
         if folder.is_dir():
             files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
-            index = cache / "tasks" / "index"
+            index = artifacts.index_of(cache)
             named["files"] = {str(p.relative_to(folder)): artifacts.digest_file_once(p, index) for p in files}
             named["options"] = {**choice.options, "source": None}
     return {**section.numbers(), "false_negative_mask": named}
@@ -379,7 +379,7 @@ def plugin_numbers(kind: str, choice: Any, cache: Path) -> dict[str, Any]:
 
 def _content(path: Path, cache: Path) -> dict[str, str]:
     """The digest of a file, or of every file in a folder but hidden ones, whatever the folder is called."""
-    index = cache / "tasks" / "index"
+    index = artifacts.index_of(cache)
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     return {str(p.relative_to(path)): artifacts.digest_file_once(p, index) for p in files}

@@ -168,6 +168,19 @@ def test_the_command_writes_beside_the_work_and_says_so(learned, tdro):
     assert Path("notes.md").read_text().startswith("# tiny\n")
 
 
+@pytest.mark.parametrize(
+    "name, words", [("weights.json", "is not the file that was written"), ("manifest.json", "can't")]
+)
+def test_a_stage_whose_output_was_changed_is_left_out_and_named(learned, tdro, name, words):
+    path = Path("runs/tiny/learn-weights/out") / name
+    path.write_text("{")
+    code, _, err = tdro("report", str(learned.recipe))
+    assert code == 0 and err.startswith("warning: learn-weights is left out, as it is damaged: ") and words in err
+    page = Path("tiny-report.html").read_text()
+    assert "learn-weights: damaged: " in page and "Task weights" not in page and "Sampling" in page
+    assert path.read_text() == "{"
+
+
 def test_warnings_of_the_weights_are_on_the_page(learned):
     summary = json.loads(Path("runs/tiny/learn-weights/out/summary.json").read_text())
     document = report(experiment_of(Path("runs/tiny")), "not looked at")
