@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
@@ -925,12 +926,35 @@ NOT_DEEPSPEEDS = {  # keys of DeepSpeed that would make the batch, or the learni
 }
 
 
+# of DeepSpeed's documented keys those that a recipe may have use for: it ignores one that it does not know
+DEEPSPEEDS = (
+    "activation_checkpointing", "aio", "amp", "autotuning", "bf16", "checkpoint", "comms_logger",
+    "communication_data_type", "compression_training", "csv_monitor", "data_efficiency", "data_types", "dump_state",
+    "elasticity", "flops_profiler", "fp16", "gradient_predivide_factor", "memory_breakdown", "optimizer",
+    "prescale_gradients", "sparse_gradients", "steps_per_print", "tensorboard", "torch_autocast",
+    "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "zero_optimization", "zero_stage",
+)  # fmt: skip
+LIKE = 0.8  # how near a key must be to one of these to be a misspelling of it
+
+
 def _deepspeed_problems(section: Mapping, places: Mapping[Place, str]) -> list[TdroError]:
     problems = [
         TdroError(f"{key} is not DeepSpeed's to set here", where=_where(places, ("deepspeed", key)), remedy=instead)
         for key, instead in NOT_DEEPSPEEDS.items()
         if key in section
     ]
+    for key in section:
+        near = (
+            []
+            if key in (*DEEPSPEEDS, *NOT_DEEPSPEEDS)
+            else difflib.get_close_matches(str(key).lower(), DEEPSPEEDS, 1, LIKE)
+        )
+        if near:
+            where = _where(places, ("deepspeed", key))
+            problems.append(
+                TdroError(f"DeepSpeed has no key {key!r}", where=where, remedy=f"did you mean {near[0]!r}?")
+            )
     stage = section.get("zero_stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         where = _where(places, ("deepspeed", "zero_stage"))

@@ -561,6 +561,20 @@ def test_an_evaluation_needs_something_to_measure_on():
     assert "benchmarks, or held_out" in one_fault(RECIPE[: RECIPE.index("eval:")] + "eval: {}\n")[0]
 
 
+@pytest.mark.parametrize(
+    "key, meant", [("zero_optimisation", "zero_optimization"), ("Bf16", "bf16"), ("fp_16", "fp16")]
+)
+def test_a_misspelt_key_of_deepspeed_is_told(key, meant):
+    message, where, remedy = one_fault(RECIPE + f"deepspeed: {{{key}: {{enabled: true}}}}\n")
+    assert message == f"DeepSpeed has no key {key!r}" and remedy == f"did you mean {meant!r}?"
+    assert where.endswith(f"deepspeed.{key}")
+
+
+@pytest.mark.parametrize("key", ["bf16", "amp", "comms_logger", "a_key_of_a_later_version"])
+def test_other_keys_are_deepspeeds_to_judge(key):
+    assert load(RECIPE + f"deepspeed: {{{key}: {{}}}}\n").recipe.deepspeed == {key: {}}
+
+
 def test_keys_of_deepspeed_that_would_change_the_batch_are_refused_with_what_to_set_instead():
     wrong = "deepspeed: {zero_stage: 4, gradient_accumulation_steps: 4, scheduler: {type: x}}\n"
     told = {where.rpartition(".")[2]: remedy for _, where, remedy in faults(RECIPE + wrong)}
