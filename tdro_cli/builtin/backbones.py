@@ -148,6 +148,8 @@ def local_folder(
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_symlink():
+        raise TdroError(f"the link {folder} leads to no folder", where=where, remedy="give the folder of a model")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

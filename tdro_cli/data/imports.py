@@ -110,7 +110,7 @@ def _dataset_rows(source: str, split: str, config: str | None) -> tuple[str, Ite
     if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
         loaded = datasets.load_from_disk(str(path))
         return "saved dataset", iter(_split_of(loaded, split, source))
-    if path.exists() and not files:
+    if (path.exists() or path.is_symlink()) and not files:
         remedy = "expected corpus.jsonl and queries.jsonl, a saved dataset, or Parquet or JSON-lines files"
         raise TdroError("nothing that can be imported is here", where=source, remedy=remedy)
     try:

@@ -73,6 +73,12 @@ def test_a_missing_model_is_told_with_what_to_do(source, monkeypatch):
     assert caught.value.remedy
 
 
+def test_a_link_that_leads_nowhere_is_no_name_of_a_hub_model(tmp_path):
+    (tmp_path / "model").symlink_to(tmp_path / "gone")
+    with pytest.raises(TdroError, match="leads to no folder"):
+        resolve("backbones", "auto", {}).load(tmp_path / "model", dtype="float32", attention=None)
+
+
 def test_a_folder_without_a_model_and_an_unknown_precision_are_told(scratch, tmp_path):
     with pytest.raises(TdroError, match=r"config\.json is missing"):
         Auto().load(str(tmp_path))

@@ -82,4 +82,6 @@ def test_nothing_is_overwritten_and_a_strange_name_is_refused(tdro):
     assert code == 2 and "x.jsonl exists" in err and Path("x.jsonl").read_text() == "kept"
     assert "name it .jsonl" in tdro("import", "saved", "x.csv")[2]
     Path("empty").mkdir()
-    assert "nothing that can be imported" in tdro("import", "empty", "y.jsonl")[2]
+    Path("loop").symlink_to("loop")
+    for nothing in ("empty", "loop"):
+        assert "nothing that can be imported" in tdro("import", nothing, "y.jsonl")[2]
