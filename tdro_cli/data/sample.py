@@ -542,9 +542,9 @@ def write_sample(folder: Path, *, progress: Any = None) -> dict[str, Any]:
         if folder == Path.cwd():  # it is replaced as a whole: the caller would stand in a folder that is gone
             remedy = "name a folder inside it: tdro sample sample"
             raise TdroError("the sample cannot replace the current folder", remedy=remedy)
-        definitions, unreadable = _read_packages(progress)
         manifest = {"schema": 1, "kind": "sample", "made_from": made_from}
         with publishing(folder, lambda: manifest) as aside:
+            definitions, unreadable = _read_packages(progress)
             _write_files(aside, definitions, {"schema": 1, "made_from": made_from, "unreadable_files": unreadable})
     return _summary_of(folder)
 

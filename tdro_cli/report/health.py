@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -74,7 +75,8 @@ def quick_inspection(
         facts = artifacts.read_json(kept)
     except (OSError, ValueError):
         facts = _facts(loaded, runs, progress, rows, model)
-        artifacts.write_json(kept, facts)
+        with suppress(OSError):  # runs that can only be read are looked at anew each time
+            artifacts.write_json(kept, facts)
     found = warnings(recipe, facts["tasks"], facts["overlaps"])
     return {**facts, "recipe": recipe.name, "mines": recipe.mine is not None, "warnings": found}
 

@@ -106,6 +106,23 @@ def test_a_folder_that_cannot_be_written_to_is_told_at_once(experiment, tdro, ru
     assert code in (1, 2) and err.count("error: ") == 1 and err.count("\n  ") >= 1
 
 
+def test_what_can_only_be_read_is_reported_and_nothing_is_begun_there(experiment, tdro, tmp_path, small_disk):
+    plan = experiment.plans("transfer.strategy=uniform", stage="transfer")["transfer"]
+    run_plan(plan, Machines(), Silent())
+    disk = small_disk(200 << 20)
+    shutil.copytree(experiment.runs, disk / "runs", symlinks=True)
+    shutil.rmtree(disk / "runs" / ".cache" / "inspect", ignore_errors=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    code, _, err = tdro("report", str(disk / "runs" / "tiny"), "--to", str(tmp_path / "report.html"))
+    assert code == 0 and (tmp_path / "report.html").is_file(), err
+    for arguments in (
+        ("train-ref", str(experiment.recipe), "--runs", str(disk / "other")),
+        ("sample", str(disk / "s")),
+    ):
+        code, _, err = tdro(*arguments)
+        assert code == 2 and err.startswith("error: can't use the path: Read-only file system"), err
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_remedy(experiment):
     overrides = ("train_ref.optimizer={learning_rate: 1e30, max_grad_norm: null}", "train_ref.schedule.warmup_steps=0")
     plan = experiment.plans(*overrides, stage="train-ref")["train-ref"]
