@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tdro_cli.data.tokenization import TokenIds
-from tdro_cli.model.packing import Budget, chunk_tokens, cut, embed_batch, is_unpadded
+from tdro_cli.model.packing import Budget, chunk_tokens, cut, distinct, embed_batch, is_unpadded, repeats_itself
 from tdro_cli.run.engine import Engine
 
 
@@ -46,7 +46,9 @@ def forward(engine: Engine, token_lists: Sequence[TokenIds], *, pad_id: int, bud
     A text that stands there several times is computed once, but where dropout makes each time another.
     """
     world = engine.world
-    token_lists, place_N = _distinct(token_lists, whether=not getattr(engine.module, "draws_at_random", True))
+    place_N = np.arange(len(token_lists))
+    if repeats_itself(engine):
+        token_lists, place_N = distinct(token_lists)
     lengths = [len(tokens) for tokens in token_lists]
     unpadded = is_unpadded(engine)
     chunks, computed = cut(lengths, budget.micro_batch_tokens, unpadded=unpadded)
@@ -72,16 +74,6 @@ def forward(engine: Engine, token_lists: Sequence[TokenIds], *, pad_id: int, bud
         tokens=sum(lengths),
         computed=computed,
     )
-
-
-def _distinct(token_lists: Sequence[TokenIds], *, whether: bool) -> tuple[Sequence[TokenIds], np.ndarray]:
-    """The texts, each once if `whether`, and which of them each one is: [N]."""
-    if not whether:
-        return token_lists, np.arange(len(token_lists))
-    keys = [np.asarray(tokens, dtype=np.int64).tobytes() for tokens in token_lists]
-    number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    distinct = dict(zip(keys, token_lists, strict=True))  # in the same order
-    return list(distinct.values()), np.array([number[key] for key in keys], dtype=np.int64)
 
 
 def _chunks_to_keep(engine: Engine, tokens: Sequence[int], budget: Budget) -> int:

@@ -24,7 +24,7 @@ BUSY_TOKENS = 512  # what one CPU core needs at once; several need twice as many
 
 
 class Packed(NamedTuple):
-    """Embeddings [N, D] in the order of the texts, their tokens, and the padding computed beside them (in tokens)."""
+    """Embeddings [N, D] in the order of the texts, the tokens computed, and the padding beside them (in tokens)."""
 
     embedding_ND: Tensor
     tokens: int
@@ -129,6 +129,20 @@ def is_unpadded(forward: Any) -> bool:
     return getattr(getattr(forward, "module", forward), "unpadded", False)
 
 
+def repeats_itself(forward: Any) -> bool:
+    """Whether `forward`, an encoder or an engine around one, gives equal texts equal embeddings: not under dropout."""
+    model = getattr(forward, "module", forward)
+    return not (getattr(model, "training", True) and getattr(model, "draws_at_random", True))
+
+
+def distinct(token_lists: Sequence[TokenIds]) -> tuple[Sequence[TokenIds], np.ndarray]:
+    """The texts, each once, in the order they first come, and which of them each one is: [N]."""
+    keys = [np.asarray(tokens, dtype=np.int64).tobytes() for tokens in token_lists]
+    number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+    once = dict(zip(keys, token_lists, strict=True))  # in the same order
+    return list(once.values()), np.array([number[key] for key in keys], dtype=np.int64)
+
+
 def pad_batch(token_lists: Sequence[TokenIds], pad_id: int) -> tuple[Tensor, Tensor]:
     """Input ids [N, T] int64, padded on the right, and attention mask [N, T] int64 with 1 for the real tokens."""
     length_N = np.fromiter(map(len, token_lists), dtype=np.int64, count=len(token_lists))
@@ -148,13 +162,17 @@ def encode_token_lists(
 ) -> Packed:
     """Runs `forward(input_ids_NT, attention_mask_NT)` over batches of at most `budget` tokens, padding included.
 
-    The graph is kept where gradients are enabled. Raises ValueError for no texts at all: their size is not known.
+    A text that stands there several times is computed once, but where dropout makes each time another. The graph is
+    kept where gradients are enabled. Raises ValueError for no texts at all: their size is not known.
     """
     if not token_lists:
         raise ValueError("no texts to encode")
+    once_N = np.arange(len(token_lists))
+    if repeats_itself(forward):
+        token_lists, once_N = distinct(token_lists)
     lengths = [len(tokens) for tokens in token_lists]
     batches, computed = cut(lengths, budget, unpadded=is_unpadded(forward))
     embedding_ND = torch.cat([embed_batch(forward, [token_lists[i] for i in rows], pad_id, device) for rows in batches])
-    place_N = torch.from_numpy(np.argsort(np.concatenate(batches))).to(embedding_ND.device)
+    place_N = torch.from_numpy(np.argsort(np.concatenate(batches))[once_N]).to(embedding_ND.device)
     tokens = sum(lengths)
     return Packed(embedding_ND.index_select(0, place_N), tokens, computed - tokens)

@@ -65,6 +65,27 @@ def test_a_query_meets_its_own_passages_only_however_many_it_has():
     assert found.tokens == 9
 
 
+def test_a_passage_that_several_queries_share_is_computed_once_and_carries_all_their_gradients():
+    class FirstToken(torch.nn.Embedding):
+        draws_at_random = False
+
+        def forward(self, ids_NT, mask_NT):
+            return torch.nn.functional.normalize(super().forward(ids_NT[:, 0]), dim=-1)
+
+    batch = token_batch([[1], [2, 0], [3]], [[[4], [5, 0]], [[5, 0], [4]], [[4], [4]]])
+    at_cpu = {"pad_id": 0, "temperature": 0.1, "tokens_at_once": 4, "device": torch.device("cpu")}
+    torch.manual_seed(2)
+    model = FirstToken(6, 4)
+    together = query_losses(model, batch, np.arange(3), **at_cpu)
+    assert together.tokens == 1 + 2 + 1 + 1 + 2
+    together.loss_B.sum().backward()
+    gradient, model.weight.grad = model.weight.grad, None
+    alone = torch.cat([query_losses(model, batch, np.array([row]), **at_cpu).loss_B for row in range(3)])
+    alone.sum().backward()
+    torch.testing.assert_close(together.loss_B, alone)
+    torch.testing.assert_close(gradient, model.weight.grad)
+
+
 def test_parts_are_equal_and_in_the_order_of_the_batch():
     assert part_of(10, 1) is None
     assert part_of(8, 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]

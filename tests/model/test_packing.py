@@ -83,6 +83,23 @@ def test_embeddings_come_back_in_the_given_order_with_gradients_and_counts():
     assert (wide.tokens, wide.padded_tokens, wide.padding_share) == (8, 4, 4 / 12)
 
 
+@pytest.mark.parametrize(("draws", "training", "computed"), [(False, True, 3), (True, False, 3), (True, True, 8)])
+def test_a_text_that_comes_again_is_computed_once_unless_each_time_is_another(draws, training, computed):
+    class SumOfTokens(torch.nn.Embedding):
+        draws_at_random = draws
+
+        def forward(self, ids_NT, mask_NT):
+            return (super().forward(ids_NT) * mask_NT.unsqueeze(-1)).sum(1)
+
+    model = SumOfTokens(10, 2).train(training)
+    token_lists = [[1], [2, 3], [1], np.array([2, 3]), [2, 3]]
+    packed = encode_token_lists(model, token_lists, pad_id=0, budget=4, device="cpu")
+    torch.testing.assert_close(packed.embedding_ND, torch.stack([model.weight[t].sum(0) for t in token_lists]))
+    assert packed.tokens == computed
+    (packed.embedding_ND[:, 0] * torch.tensor([1.0, 2, 4, 8, 16])).sum().backward()
+    assert model.weight.grad[1:4, 0].tolist() == [5, 26, 26]
+
+
 def test_a_cpu_takes_small_chunks_and_keeps_what_the_recipe_says():
     def budget(device, **keys):
         return budget_on(torch.device(device), Encoder(**keys))
