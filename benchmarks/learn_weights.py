@@ -273,8 +273,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="keep the rows and models here")
     parser.add_argument("--only-ours", action="store_true", help="for a profile of our side")
     arguments = parser.parse_args()
+    from tdro_cli.cli import let_threads_wait
+
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_wait(os.environ)  # as the command does, before torch is there; the plain side's wait alike
     with tempfile.TemporaryDirectory() as name:
         measure(arguments, arguments.folder or Path(name))
 

@@ -48,11 +48,12 @@ def sides(queries: int) -> dict[str, Callable[[], object]]:
     import torch
     from learn_weights import Plain
 
-    from tdro_cli.learn.weight_learning import _proxy_pass, query_losses
+    from tdro_cli.learn.weight_learning import _proxy_pass, micro_batches, query_losses
+    from tdro_cli.model.packing import budget_on
     from tdro_cli.recipe import Optimizer
     from tdro_cli.run.distributed import join
 
-    encoder = SimpleNamespace(activation_tokens=65_536, micro_batch_tokens=16_384, temperature=0.02)
+    encoder = SimpleNamespace(activation_tokens=0, micro_batch_tokens=16_384, temperature=0.02)  # the device's usual
     recipe = SimpleNamespace(encoder=encoder, learn_weights=SimpleNamespace(optimizer=Optimizer()))
     arguments = SimpleNamespace(shape="small", attention="sdpa", compile=False, dtype="float32")
     bench: Any = device.Bench(arguments, recipe, join(), 1.0)
@@ -69,8 +70,10 @@ def sides(queries: int) -> dict[str, Callable[[], object]]:
 
     @torch.inference_mode()
     def referred() -> None:
-        options = {"pad_id": device.PAD, "temperature": 0.02, "tokens_at_once": 16_384, "device": "cpu"}
-        query_losses(reference, batch, np.arange(queries), **options)
+        budget = budget_on(engine.world.device, encoder)
+        options = {"temperature": 0.02, "tokens_at_once": budget.micro_batch_tokens, "device": engine.world.device}
+        for rows in micro_batches(batch, budget.activation_tokens):
+            query_losses(reference, batch, rows, pad_id=device.PAD, **options)
 
     def cold() -> None:
         referred()
