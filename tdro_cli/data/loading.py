@@ -46,7 +46,10 @@ class Collation:
     keep_texts: bool = True
 
     def __call__(self, step: int) -> tuple[Batch, TokenBatch]:
-        batch = batch_at(self.plan, step)
+        return self.of(batch_at(self.plan, step))
+
+    def of(self, batch: Batch) -> tuple[Batch, TokenBatch]:
+        """The same of a batch that is drawn already."""
         part = batch.shard(self.rank, self.size)
         own = collate(self.plan, batch, part, self.tasks, self.tokenizer, hard_negatives=self.hard_negatives)
         return batch, own if self.keep_texts else replace(own, query_texts=(), passage_texts=())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tdro_cli import artifacts, registry
 from tdro_cli.data.batching import Batch, BatchPlan, assemble, drawn_counts
-from tdro_cli.data.collation import TokenBatch, collate
+from tdro_cli.data.collation import TokenBatch
 from tdro_cli.data.loading import Arriving, Collation, num_workers
 from tdro_cli.errors import RunFailed, TdroError
 from tdro_cli.learn.contrastive import per_query_infonce
@@ -267,8 +267,8 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
     watched = _watched(engine, updater, recipe)
     negatives = section.batch.passages_per_query - 1
     collation = Collation(batches, tasks, tokenizer, world.rank, world.size, negatives, keep_texts=False)
-    ahead = range(0 if samples else step, 0 if samples else section.steps)
-    arriving = Arriving(collation, ahead, workers=num_workers(world))
+    # what an updater that samples draws depends on the step before: nothing can be made ahead
+    arriving = None if samples else Arriving(collation, range(step, section.steps), workers=num_workers(world))
     names = [task.name for task in tasks]
 
     def update(state: WeightState, losses: TaskLosses, own: TokenBatch, step: int) -> tuple[WeightState, Tensor]:
@@ -293,19 +293,21 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
             ) from error
 
     began, shown = time.monotonic(), None
-    with progress.start(plan.stage, section.steps, "steps") as bar, run, contextlib.closing(arriving):
+    ending = contextlib.nullcontext() if arriving is None else contextlib.closing(arriving)
+    with progress.start(plan.stage, section.steps, "steps") as bar, run, ending:
         bar.advance(step)
         while step < section.steps and not _only_noise(section.stop, recent_SG):
             step_began = time.monotonic()
             forwards_before = 0 if reference is None else reference.forwards
             weights_G = updater.weights(state.updater)
-            if samples:
-                count_G = drawn_counts(batches, step, weights_G.double().tolist())
-                whole = assemble(batches, step, count_G, seen_G)
-                part = whole.shard(world.rank, world.size)
-                own = collate(batches, whole, part, tasks, tokenizer, hard_negatives=negatives)
+            if arriving is None:
+                with timing.part("data"):
+                    count_G = drawn_counts(batches, step, weights_G.double().tolist())
+                    whole, own = collation.of(assemble(batches, step, count_G, seen_G))
+                waited = time.monotonic() - step_began
             else:
                 whole, own = next(arriving)
+                waited = arriving.waited
             with timing.part("reference"):
                 reference_B = None if reference is None else torch.from_numpy(reference.losses(own))
             if section.proxy_weights == "current":
@@ -333,7 +335,7 @@ def learn_weights(plan: Plan, world: World, progress: Progress) -> None:
             metrics |= {
                 "step": step,
                 **applied,
-                **run.pace(tokens, step_began, arriving.waited),
+                **run.pace(tokens, step_began, waited),
                 "padding_share": 1 - tokens / computed,
                 "reference_forwards": forwards,
             }
