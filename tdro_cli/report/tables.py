@@ -455,6 +455,8 @@ def print_plans(description: Mapping[str, Any]) -> None:
 
 def print_memory(console: Any, memory: Mapping[str, Any]) -> None:
     """Bytes on each device by what they hold, for the last stage; of the others the totals."""
+    from tdro_cli.run.memory import MOMENTARY
+
     if "unknown" in memory:
         console.print(f"  memory: not known: {memory['unknown']}", soft_wrap=True)
         return
@@ -467,7 +469,7 @@ def print_memory(console: Any, memory: Mapping[str, Any]) -> None:
     )
     for name, variant in memory["variants"].items():
         *others, (stage, by_zero) = variant["stages"].items()
-        held = [key for key in next(iter(by_zero.values())) if key not in ("update", "total")]
+        held = [key for key in next(iter(by_zero.values())) if key not in MOMENTARY]
         rows = [[key, *(size_text(facts[key]) for facts in by_zero.values())] for key in held]
         rows += [
             [f"worst moment, {of}", *(size_text(f["total"]) for f in stages.values())]
@@ -476,6 +478,13 @@ def print_memory(console: Any, memory: Mapping[str, Any]) -> None:
         trained = f"{variant['trainable'] / 1e6:,.4g} M of {memory['parameters'] / 1e6:,.4g} M parameters"
         title = f"{stage}, {name}: {trained}{', as in the recipe' if name == memory['trained'] else ''}"
         console.print(text_table(title, ["", *(f"ZeRO {zero}" for zero in by_zero)], rows))
+    largest = memory["largest"]
+    console.print(
+        f"  most of it, {size_text(largest['bytes'])} in {largest['stage']}: {largest['what']}."
+        f" Where a device has less: {largest['remedy']}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def print_grid_plan(description: Mapping[str, Any]) -> None:

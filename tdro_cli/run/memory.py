@@ -27,6 +27,7 @@ LIVE_AT_ONCE = 10**9  # parameters that ZeRO 3 gathers and keeps at most: stage3
 DEEP = 8  # layers; of a deeper model, this many tell how much each costs
 SCORES = 4 * FLOAT + 3  # bytes of a query with a candidate: score, margin, exponent, gradient; three masks
 ZERO_STAGES = (0, 1, 2, 3)
+MOMENTARY = ("update", "total")  # beside what `device_bytes` says is held
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,39 @@ def estimate(recipe: Recipe, stages: list[str], *, ranks: int = 1, device: str |
             for stage in stages
         }
         found["variants"][name] = {"trainable": shape.trainable, "stages": by_stage}
+    zero = str(recipe.deepspeed.get("zero_stage", 0))
+    planned = {stage: facts[zero] for stage, facts in found["variants"][found["trained"]]["stages"].items()}
+    stage, worst = max(planned.items(), key=lambda item: item[1]["total"])
+    largest = max((key for key in worst if key not in MOMENTARY), key=worst.__getitem__)
+    computed_again = graphs_may_wait(stage, int(zero)) and budget.activation_tokens > budget.micro_batch_tokens
+    found["largest"] = {
+        "stage": stage,
+        "what": largest,
+        "bytes": worst[largest],
+        "remedy": remedy(largest, recipe, stage, computed_again=computed_again),
+    }
     return found
+
+
+def graphs_may_wait(stage: str, zero_stage: int) -> bool:
+    """Whether more than one micro-batch has its activations kept at once."""
+    return zero_stage < 3 or stage == "learn-weights"
+
+
+def remedy(largest: str, recipe: Recipe, stage: str, *, computed_again: bool) -> str:
+    """What of the recipe to change where a device has less: by what holds most of it."""
+    section = stage.replace("-", "_")
+    if largest == "activations":
+        ways = ["lower encoder.activation_tokens, the rest is computed again"] if computed_again else []
+        if not recipe.backbone.activation_checkpointing:
+            ways.append("set backbone.activation_checkpointing: true")
+        ways.append("lower encoder.micro_batch_tokens or the lengths of texts")
+    elif largest == "embeddings":
+        ways = [f"lower {section}.batch.queries or {section}.batch.passages_per_query"]
+    else:
+        ways = ["use a higher deepspeed.zero_stage and more devices", "train a `lora`"]
+        ways.append("keep the optimizer off the device: deepspeed.zero_optimization.offload_optimizer")
+    return "; ".join(ways)
 
 
 def device_bytes(
@@ -101,7 +134,7 @@ def device_bytes(
     per_rank = -(-batch.queries // ranks)
     longest = per_rank * (encoder.query_length + batch.passages_per_query * encoder.passage_length)
     # under ZeRO 3 and beyond activation_tokens only one micro-batch has a graph
-    graphs = min(longest, budget.activation_tokens) if zero_stage < 3 or stage == "learn-weights" else 0
+    graphs = min(longest, budget.activation_tokens) if graphs_may_wait(stage, zero_stage) else 0
     at_once = min(budget.micro_batch_tokens, longest)
     kept = shape.kept * max(graphs, at_once) / encoder.micro_batch_tokens
     states["activations"] = kept + (shape.peak - shape.kept) * at_once / encoder.micro_batch_tokens

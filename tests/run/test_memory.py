@@ -178,6 +178,49 @@ def test_seven_billion_parameters_are_planned_from_config_json_alone(tmp_path):
     assert adapters["stages"]["finetune"]["0"]["optimizer"] == 8 * adapters["trainable"]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "ranks", "largest", "named", "not_named"),
+    [
+        ({}, 1, "activations", ["encoder.activation_tokens", "activation_checkpointing: true"], ["zero_stage"]),
+        (
+            {"backbone": {"activation_checkpointing": True}},
+            1,
+            "activations",
+            ["encoder.activation_tokens"],
+            ["checkpointing"],
+        ),
+        ({"deepspeed": {"zero_stage": 3}}, 2, "activations", ["micro_batch_tokens"], ["activation_tokens"]),
+        (
+            {"encoder": {"micro_batch_tokens": 512, "activation_tokens": 512}},
+            1,
+            "optimizer",
+            ["zero_stage", "lora"],
+            [],
+        ),
+        (
+            {
+                "encoder": {"micro_batch_tokens": 512, "activation_tokens": 512},
+                "finetune": {"batch": {"queries": 65536}},
+            },
+            1,
+            "embeddings",
+            ["finetune.batch.queries"],
+            ["zero_stage"],
+        ),
+    ],
+)
+def test_what_holds_most_of_the_memory_is_named_with_what_lowers_it(recipe, ranks, largest, named, not_named):
+    """MiniLM's width and layers, with a vocabulary of 100,000."""
+    shape = {"hidden_size": 384, "layers": 6, "heads": 12, "vocab_size": 100_000}
+    sections = {"backbone": {}, "encoder": {}, "finetune": {"batch": {"queries": 1024}}, "deepspeed": {}, **recipe}
+    sections["backbone"] = {"name": "scratch", "options": shape, **sections["backbone"]}
+    whole = Recipe(name="sized", tasks=[{"name": "one", "path": "one.jsonl"}], **sections)
+    told = memory.estimate(whole, ["finetune"], ranks=ranks, device="cuda")["largest"]
+    assert (told["stage"], told["what"]) == ("finetune", largest)
+    assert all(key in told["remedy"] for key in named)
+    assert not any(key in told["remedy"] for key in not_named)
+
+
 def test_offloading_and_half_precision_take_memory_off_the_device():
     shape = memory.Footprint(1000, 1000, 8, 0, 0)
     states = memory.model_states(shape, {"bf16": {"enabled": True}}, zero_stage=0, ranks=4)
@@ -192,6 +235,7 @@ def test_a_backbone_without_a_readable_shape_is_told_and_stops_nothing(experimen
     command = ("finetune", str(experiment.recipe), "--runs", str(experiment.runs), "--dry-run")
     code, out, _ = tdro(*command)
     assert code == 0 and "Memory of the device" in out and "worst moment, finetune" in out
+    assert "Where a device has less: " in out
     code, out, _ = tdro(*command, "--set", f"backbone={{name: auto, source: {tmp_path}}}")
     assert code == 0 and "memory: not known: the configuration" in out
 
