@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# tiny models are fastest on one thread; several that share cores with other work spin and wait: 20 times slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports DeepSpeed, which would look for a device
 
 import pytest
