@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -835,10 +836,21 @@ def let_threads_wait(environment: MutableMapping[str, str]) -> None:
         environment.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def fit_output(environment: MutableMapping[str, str], *, as_json: bool) -> None:
+    """Lets any name be printed, wherever output goes: JSON as UTF-8, else what an encoding lacks as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8" if as_json else None, errors="backslashreplace")
+    width = environment.get("COLUMNS", "1")
+    if not width.isdecimal() or int(width) == 0:  # of a terminal that has no size
+        del environment["COLUMNS"]
+
+
 def main() -> None:
     """Runs the command; faults become one clear text and an exit code."""
-    let_threads_wait(os.environ)
     debug, as_json = "--debug" in sys.argv, "--json" in sys.argv
+    let_threads_wait(os.environ)
+    fit_output(os.environ, as_json=as_json)
     interruption = Interruption()
     try:
         with interruption:
@@ -863,6 +875,9 @@ def _unknown_fault(error: Exception) -> TdroError:
         return RunFailed(
             error.strerror or first_line(error), where=error.filename and str(error.filename), remedy=remedy
         )
+    if isinstance(error, UnicodeEncodeError):
+        remedy = "set LC_ALL=C.UTF-8, or name tasks and files in letters that it has"
+        return RunFailed(f"a name can't be written in this system's encoding ({error.encoding})", remedy=remedy)
     remedy = "this is a fault of tdro: run again with --debug"
     return RunFailed(f"{type(error).__name__}: {first_line(error)}", remedy=remedy)
 

@@ -301,6 +301,29 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130 and "the same command goes on" in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize("encoding, shown", [("ascii", "\\u6a4b"), ("latin-1", "\\u6a4b"), ("utf-8", "橋")])
+def test_any_name_can_be_printed_wherever_output_goes(encoding, shown):
+    Path("recipe.yaml").write_text(RECIPE.replace("name: bridges", "name: 橋"), encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    for more in ((), ("--json",)):
+        command = [sys.executable, "-m", "tdro_cli", "transfer", "--set", "transfer.strategy=uniform", *more]
+        ended = subprocess.run([*command], capture_output=True, env=environment, check=False)
+        assert ended.returncode == 0, ended.stderr
+        if more:
+            assert "橋" in json.loads(ended.stdout.decode("utf-8"))["results"]["transfer"]["tasks"]
+        else:
+            assert shown in ended.stdout.decode(encoding)
+
+
+@pytest.mark.parametrize("width", ["0", "-5", "wide", "²"])
+def test_a_terminal_without_a_size_is_as_wide_as_any(width, tdro):
+    tdro("transfer")
+    command = [sys.executable, "-m", "tdro_cli", "runs"]
+    environment = {**os.environ, "COLUMNS": width, "PYTHONIOENCODING": "utf-8"}
+    told = subprocess.run(command, capture_output=True, env=environment, check=True).stdout.decode()
+    assert "roads/transfer" in told and "complete" in told
+
+
 RUDE = """
 import time
 class Rude:

@@ -262,9 +262,9 @@ def measured_peak(dtype: str) -> float:
 
 
 def print_bench(result: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from tdro_cli.report.tables import terminal
     from tdro_cli.run.progress import duration
 
     table = Table(title=f"{result['recipe']}, {result['dtype']}: {result['peak_flops'] / 1e9:,.0f} GFLOP/s at most")
@@ -289,4 +289,4 @@ def print_bench(result: Mapping[str, Any]) -> None:
     }
     for name, show in rows.items():
         table.add_row(name, *map(show, result["stages"]))
-    Console().print(table)
+    terminal().print(table)
