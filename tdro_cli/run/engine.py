@@ -161,8 +161,12 @@ class Engine:
             remove(aside)
             aside.mkdir(parents=True)
         self.world.barrier()
-        self._engine.save_checkpoint(str(aside), tag="engine", save_latest=False, exclude_frozen_parameters=True)
-        torch.save({"random": _random_state(), "state": dict(state)}, aside / f"rank-{self.world.rank}.pt")
+        try:
+            self._engine.save_checkpoint(str(aside), tag="engine", save_latest=False, exclude_frozen_parameters=True)
+            torch.save({"random": _random_state(), "state": dict(state)}, aside / f"rank-{self.world.rank}.pt")
+        except Exception:
+            remove(aside)  # the disk may be full
+            raise
         self.world.barrier()
         if self.world.leads:
             digests = {
