@@ -18,11 +18,12 @@ from tdro_cli.data.tokenization import TextTokenizer
 from tdro_cli.errors import TdroError
 from tdro_cli.model.contract import CONTRACT_FILE, EncoderContract
 from tdro_cli.model.encoder import TextEncoder, check_lengths, position_limit
-from tdro_cli.model.packing import encode_token_lists, tokens_at_once
+from tdro_cli.model.packing import cut, embed_batch, is_unpadded
 from tdro_cli.protocols import LoadedBackbone
 
 CHUNK = 4096
 UNPINNED_LENGTH = 512  # of a model that comes without a length of its own
+CPU_TOKENS = 1024  # at once on a CPU: without gradients to keep, what a layer writes then stays in a core's cache
 DIGESTED = (
     *("*.safetensors", "*.bin", "config.json", "adapter_config.json"),
     *("tokenizer*", "vocab*", "merges.txt", "*.model"),
@@ -32,7 +33,7 @@ DIGESTED = (
 class Embedder:
     """Embeds queries and passages, without gradients and with dropout off.
 
-    `token_budget`: tokens, padding included, that go through the model at once (on a CPU at most 2,048). `digest` names
+    `token_budget`: tokens, padding included, that go through the model at once (on a CPU at most 1,024). `digest` names
     the model and its contract: 64 hexadecimal digits; the same digest gives the same embeddings.
     """
 
@@ -49,7 +50,7 @@ class Embedder:
         self.encoder, self.contract, self.digest = encoder, contract, digest
         self.tokenizer = TextTokenizer(tokenizer, contract)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.token_budget = tokens_at_once(token_budget, self.device)
+        self.token_budget = min(token_budget, CPU_TOKENS) if self.device.type == "cpu" else token_budget
         encoder.to(self.device)
 
     @property
@@ -75,7 +76,8 @@ class Embedder:
         return self._stream(texts, lambda chunk: self.tokenizer.passages(chunk, prompt))
 
     def _whole(self, pieces: Iterator[np.ndarray]) -> np.ndarray:
-        return np.concatenate([np.empty((0, self.dimension), np.float32), *pieces])
+        parts = list(pieces) or [np.empty((0, self.dimension), np.float32)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _stream(self, texts: Iterable[str], tokenize: Callable[[list[str]], list[list[int]]]) -> Iterator[np.ndarray]:
         texts = iter(texts)
@@ -93,18 +95,18 @@ class Embedder:
     def _embed(self, token_lists: list[list[int]]) -> np.ndarray:
         was_training = self.encoder.training
         self.encoder.eval()
+        lengths = [len(tokens) for tokens in token_lists]
+        batches, _ = cut(lengths, self.token_budget, unpadded=is_unpadded(self.encoder))
         try:
             with torch.inference_mode():
-                packed = encode_token_lists(
-                    self.encoder,
-                    token_lists,
-                    pad_id=self.tokenizer.pad_id,
-                    budget=self.token_budget,
-                    device=self.device,
-                )
+                # filled in place: small results kept between large activations would leave the heap in pieces
+                embedding_ND = torch.empty((len(token_lists), self.dimension), device=self.device)
+                for rows in batches:
+                    own = [token_lists[i] for i in rows]
+                    embedding_ND[rows] = embed_batch(self.encoder, own, self.tokenizer.pad_id, self.device).float()
         finally:
             self.encoder.train(was_training)
-        return packed.embedding_ND.float().cpu().numpy()
+        return embedding_ND.cpu().numpy()
 
 
 def load_embedder(

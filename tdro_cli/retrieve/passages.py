@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
+import struct
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,16 +25,18 @@ def normalised(text: str) -> str:
 
 def text_key(text: str) -> int:
     """64 bits that are equal for texts that are equal when normalised."""
-    return _hash(normalised(text))
+    return _hash(_bytes(normalised(text)))
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def _string(written: str) -> str:
-    """A string from its JSON."""
-    return json.loads(written) if "\\" in written else written[1:-1]
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+_LENGTHS = struct.Struct("<III")  # bytes of docid, title and text, which follow in a record
 
 
 class PassageStore(Sequence[Text]):
@@ -53,14 +55,14 @@ class PassageStore(Sequence[Text]):
 
         folder.mkdir(parents=True)
         hashes, offsets, keys = array("Q"), array("q"), array("Q")
-        with open(folder / "passages.jsonl", "wb", buffering=1 << 20) as file:
+        with open(folder / "passages.bin", "wb", buffering=1 << 20) as file:
             end = 0
             for passage in passages:
-                hashes.append(_hash(passage.docid))
+                fields = _bytes(passage.docid), _bytes(passage.title), _bytes(passage.text)
+                hashes.append(_hash(fields[0]))
                 offsets.append(end)
                 keys.append(text_key(passage_text(passage)))
-                docid, content = json.dumps(passage.docid), json.dumps([passage.title, passage.text])
-                end += file.write(f"{docid}\t{content}\n".encode())  # ASCII: no line break or tab but these
+                end += file.write(b"".join((_LENGTHS.pack(*map(len, fields)), *fields)))
         sorted_hashes, first = np.unique(np.frombuffer(hashes, np.uint64), return_index=True)
         np.save(folder / "hashes.npy", sorted_hashes)
         np.save(folder / "offsets.npy", np.frombuffer(offsets, np.int64)[first])
@@ -75,8 +77,8 @@ class PassageStore(Sequence[Text]):
             np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
             for name in ("hashes", "offsets", "keys")
         )
-        with open(folder / "passages.jsonl", "rb") as file:
-            self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
+        with open(folder / "passages.bin", "rb") as file:
+            self._records = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
 
     def __len__(self) -> int:
         return len(self._hashes)
@@ -95,19 +97,27 @@ class PassageStore(Sequence[Text]):
         return map(self.__getitem__, range(len(self)))
 
     def passage(self, place: int) -> Passage:
-        start = int(self._offsets[place])
-        docid, content = self._lines[start : self._lines.find(b"\n", start)].decode().split("\t")
-        return Passage(_string(docid), *json.loads(content))
+        docid, title, text = self._fields(place, 3)
+        return Passage(docid, title, text)
 
     def docid(self, place: int) -> str:
-        start = int(self._offsets[place])
-        return _string(self._lines[start : self._lines.find(b"\t", start)].decode())
+        return self._fields(place, 1)[0]
+
+    def _fields(self, place: int, count: int) -> list[str]:
+        """The first fields of the passage: docid, title, text."""
+        start, fields = int(self._offsets[place]), []
+        lengths = _LENGTHS.unpack_from(self._records, start)
+        start += _LENGTHS.size
+        for length in lengths[:count]:
+            fields.append(self._records[start : start + length].decode("utf-8", "surrogatepass"))
+            start += length
+        return fields
 
     def places(self, docids: Iterable[str]) -> np.ndarray:
         """The place of each passage, -1 for those that are not here: int64."""
         import numpy as np
 
-        wanted = np.array([_hash(docid) for docid in docids], np.uint64)
+        wanted = np.array([_hash(_bytes(docid)) for docid in docids], np.uint64)
         place = np.searchsorted(self._hashes, wanted)
         near = np.minimum(place, len(self) - 1)
         return np.where(self._hashes[near] == wanted, place, -1) if len(self) else np.full(len(wanted), -1)

@@ -1,6 +1,8 @@
 import random
 import tracemalloc
 
+import pytest
+
 from tdro_cli.data.formats import Passage
 from tdro_cli.protocols import Text
 from tdro_cli.retrieve.passages import Corpus, PassageStore, text_key
@@ -19,6 +21,14 @@ def test_a_passage_is_found_by_docid_and_by_place(tmp_path):
     assert store[place] == Text("é\t1", "Title line\nline")
     assert store.docid(place) == "é\t1"
     assert sorted(store.docid(i) for i in range(3)) == ["b", "c", "é\t1"]
+
+
+@pytest.mark.parametrize("text", ["\0\t\n\r\u2028", "قهوه\u200cخانه", "e\u0301 \ud800 🜁", "x" * 1_000_000, " "])
+def test_any_text_comes_back_as_it_was(tmp_path, text):
+    given = [Passage(text, "", text), Passage("a", text, text), Passage("b", text, "")]
+    store = PassageStore.write(tmp_path / "s", given)
+    assert [store.passage(place) for place in store.places([text, "a", "b"])] == given
+    assert {store.docid(place) for place in range(3)} == {text, "a", "b"}
 
 
 def test_the_order_is_that_of_the_docids_not_of_the_file(tmp_path):
