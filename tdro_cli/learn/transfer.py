@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from tdro_cli import artifacts, registry
 from tdro_cli.errors import TdroError, did_you_mean
 from tdro_cli.recipe import Transfer
 
+MOST = sys.float_info.max
 COLUMN = {"final": "weight", "mean": "mean", "ema": "ema"}
 
 
 def read_weights(path: Path, which: str = "final") -> dict[str, float]:
     """Task weights from our weights.json (`final`, `mean` or `ema`), or from a file of the authors' release.
 
-    Raises TdroError if it is neither.
+    Raises TdroError if it is neither, or if a weight is no finite number >= 0, or none is more than 0.
     """
     try:
         content = artifacts.read_json(path)
@@ -25,14 +27,22 @@ def read_weights(path: Path, which: str = "final") -> dict[str, float]:
         raise TdroError(f"can't read weights: {error}", where=str(path), remedy="name a weights.json") from None
     try:
         if "domain_weights" in content:  # the authors' name for them
-            return {name: float(weight) for name, weight in content["domain_weights"].items()}
-        return {name: float(task[COLUMN[which]]) for name, task in content["tasks"].items()}
+            weights = dict(content["domain_weights"].items())
+        else:
+            weights = {name: task[COLUMN[which]] for name, task in content["tasks"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise TdroError(
             "this is no file of task weights",
             where=str(path),
             remedy='expected {"schema": 1, "tasks": {NAME: {"weight": ...}}} or {"domain_weights": {NAME: ...}}',
         ) from None
+    remedy = "a weight is a number >= 0, and at least one is more"
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= MOST:
+            raise TdroError(f"the weight of {name!r} is {str(weight)[:80]}", where=str(path), remedy=remedy)
+    if not any(weights.values()):
+        raise TdroError("all weights are 0" if weights else "there are no weights", where=str(path), remedy=remedy)
+    return {name: float(weight) for name, weight in weights.items()}
 
 
 def sampling_plan(section: Transfer, weights_file: str | None, sizes: Mapping[str, int], draws: int) -> dict[str, Any]:

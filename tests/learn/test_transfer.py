@@ -57,6 +57,26 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         read_weights(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize("weight", ["-0.1", "NaN", "1e400", "1" + "0" * 400, "true", '"0.5"', "null", "[1]"])
+def test_a_weight_that_is_no_number_from_0_on_names_file_and_task(tmp_path, weight):
+    path = tmp_path / "weights.json"
+    path.write_text(f'{{"domain_weights": {{"a": 0.5, "b": {weight}}}}}')
+    with pytest.raises(TdroError, match="the weight of 'b' is ") as refused:
+        read_weights(path)
+    assert refused.value.where == str(path) and len(refused.value.message) < 120
+
+
+@pytest.mark.parametrize(
+    "weights, words", [("{}", "there are no weights"), ('{"a": 0, "b": 0.0}', "all weights are 0")]
+)
+def test_weights_of_which_none_counts_are_refused(tmp_path, weights, words):
+    path = tmp_path / "weights.json"
+    path.write_text(f'{{"domain_weights": {weights}}}')
+    with pytest.raises(TdroError, match=words) as refused:
+        read_weights(path)
+    assert refused.value.where == str(path)
+
+
 def test_reweight_gives_draws_and_real_epochs(weights_file):
     plan = sampling_plan(section("reweight"), str(weights_file), SIZES, draws=200)
     assert plan["tasks"]["a"] == {"weight": 0.7, "probability": 0.7, "size": 10, "draws": 140.0, "epochs": 14.0}
