@@ -944,17 +944,10 @@ def _deepspeed_problems(section: Mapping, places: Mapping[Place, str]) -> list[T
         for key, instead in NOT_DEEPSPEEDS.items()
         if key in section
     ]
-    for key in section:
-        near = (
-            []
-            if key in (*DEEPSPEEDS, *NOT_DEEPSPEEDS)
-            else difflib.get_close_matches(str(key).lower(), DEEPSPEEDS, 1, LIKE)
-        )
-        if near:
-            where = _where(places, ("deepspeed", key))
-            problems.append(
-                TdroError(f"DeepSpeed has no key {key!r}", where=where, remedy=f"did you mean {near[0]!r}?")
-            )
+    for key in section.keys() - {*DEEPSPEEDS, *NOT_DEEPSPEEDS}:
+        if near := difflib.get_close_matches(str(key).lower(), DEEPSPEEDS, 1, LIKE):
+            told, remedy = f"DeepSpeed has no key {key!r}", f"did you mean {near[0]!r}?"
+            problems.append(TdroError(told, where=_where(places, ("deepspeed", key)), remedy=remedy))
     stage = section.get("zero_stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         where = _where(places, ("deepspeed", "zero_stage"))
