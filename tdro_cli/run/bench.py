@@ -134,7 +134,8 @@ def _measure(plan: Plan, whole: Recipe, peak_flops: float, machines: Machines, s
         run_plan(plan, machines, Silent())  # what it would warn about concerns what it learns
     lines = read_metrics(Path(plan.folder) / "metrics.jsonl")
     encoder, tokenizer = load_encoder(plan.settings(), backbone_source(plan), lora=False)
-    texts, shape = texts_of_steps(plan, tokenizer)[WARM_UP:], model_shape(encoder)
+    draws = encoder.draws_at_random or bool(whole.lora and whole.lora.dropout)
+    texts, shape = texts_of_steps(plan, tokenizer, once=not draws)[WARM_UP:], model_shape(encoder)
     at = [line["seconds"]["at"] for line in lines]
     wall = [now - before for before, now in itertools.pairwise(at)]
     seconds = {name: sum(line["seconds"].get(name, 0.0) for line in lines[WARM_UP:]) for name in PARTS}
@@ -188,11 +189,15 @@ def _timing() -> Iterator[None]:
             os.environ[timing.SWITCH] = before
 
 
-def texts_of_steps(plan: Plan, tokenizer: TextTokenizer) -> list[list[int]]:
-    """Lengths in tokens of all texts of every step's global batch."""
+def texts_of_steps(plan: Plan, tokenizer: TextTokenizer, *, once: bool) -> list[list[int]]:
+    """Lengths in tokens of the texts of every step's global batch; equal ones `once`, as they are then computed.
+
+    As drawn by equal weights, from which an updater that samples departs.
+    """
     from tdro_cli.data.batching import BatchPlan
     from tdro_cli.data.loading import Arriving, Collation
     from tdro_cli.learn.training import training_tasks
+    from tdro_cli.model.packing import distinct
 
     recipe, section = plan.settings(), _section(plan.settings(), plan.stage)
     learning = plan.stage == "learn-weights"
@@ -207,7 +212,8 @@ def texts_of_steps(plan: Plan, tokenizer: TextTokenizer) -> list[list[int]]:
     )
     collation = Collation(batches, tasks, tokenizer, 0, 1, section.batch.passages_per_query - 1)
     arriving = Arriving(collation, range(section.steps), workers=0)
-    return [[len(tokens) for tokens in batch.queries + batch.passages] for _, batch in arriving]
+    steps = [batch.queries + batch.passages for _, batch in arriving]
+    return [[len(tokens) for tokens in (distinct(texts)[0] if once else texts)] for texts in steps]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ import json
 import pytest
 import torch
 
-from tdro_cli.run.bench import PARTS, ModelShape, _devices
+from tdro_cli import artifacts
+from tdro_cli.learn.training import backbone_source, load_encoder
+from tdro_cli.run.bench import PARTS, ModelShape, _devices, texts_of_steps
 from tdro_cli.run.launch import Machines
 
 
@@ -31,6 +33,15 @@ def test_bench_says_where_the_time_of_a_step_goes_and_leaves_no_run_behind(tiny_
         assert stage["projected_hours"] == pytest.approx(stage["seconds_per_step"] * stage["recipe_steps"] / 3600)
     assert found["stages"][0]["shares"]["reference"] > 0 == found["stages"][1]["shares"]["reference"]
     assert [path.name for path in runs.iterdir()] == [".cache"]
+
+
+def test_the_tokens_counted_are_those_that_the_run_computes(experiment):
+    sections = ("transfer.strategy=uniform", "finetune.rows=all", "finetune.steps=4")
+    computed = artifacts.read_json(experiment.run(*sections) / "training.json")["tokens"]
+    plan = experiment.plans(*sections)["finetune"]
+    _, tokenizer = load_encoder(plan.settings(), backbone_source(plan))
+    counted = [sum(map(sum, texts_of_steps(plan, tokenizer, once=once))) for once in (True, False)]
+    assert counted[0] == computed < counted[1]  # some passages come again in a batch
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU here")
