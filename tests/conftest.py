@@ -14,6 +14,8 @@ from pathlib import Path
 
 # tiny models are fastest on one thread; several that share cores with other work spin and wait: 20 times slower
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # as in the Makefile: a hub that is not there is tried for half a minute
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before anything imports DeepSpeed, which would look for a device
 
 import pytest

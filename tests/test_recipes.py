@@ -140,11 +140,16 @@ def test_the_published_weights_select_the_published_tasks(tmp_path):
     assert len(chosen) == 17 and chosen == published["top"]["70"]["order"]
 
 
-def test_the_reference_page_is_not_stale():
-    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference.page(), "run `make docs`"
+@pytest.fixture(scope="module")
+def page():
+    return reference.page()
 
 
-def test_every_key_has_a_meaning_on_the_reference_page():
-    rows = [line for line in reference.page().splitlines() if line.startswith("| `")]
+def test_the_reference_page_is_not_stale(page):
+    assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == page, "run `make docs`"
+
+
+def test_every_key_has_a_meaning_on_the_reference_page(page):
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(rows) > 100
     assert not [row for row in rows if not row.rstrip("| ").split(" | ")[-1].strip() or row.endswith("|  |")]
