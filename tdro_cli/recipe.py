@@ -601,7 +601,8 @@ def _fill_sections(values: dict, section: type[Section]) -> None:
     for key, field in section.model_fields.items():
         inner = _inner(field.annotation)
         if isinstance(inner, type) and issubclass(inner, Section) and key in values:
-            if values[key] is None and isinstance(field.default, Section):
+            may_be_absent = type(None) in typing.get_args(field.annotation)
+            if values[key] is None and isinstance(field.default, Section) and not may_be_absent:
                 values[key] = {}
             if isinstance(values[key], dict):
                 _fill_sections(values[key], inner)

@@ -107,6 +107,12 @@ def test_null_turns_a_section_off_that_can_be_absent():
     assert recipe.mine is None and recipe.lora is None
 
 
+def test_null_means_no_margin_where_left_out_it_is_the_default():
+    assert load(RECIPE + "mine: {positive_margin: null}\n").recipe.mine.positive_margin is None
+    assert load(RECIPE, "mine.positive_margin=null").recipe.mine.positive_margin is None
+    assert load(RECIPE + "mine: {keep: 3}\n").recipe.mine.positive_margin == recipes.PositiveMargin(value=0.95)
+
+
 def test_null_stands_for_the_defaults_where_a_section_cannot_be_absent():
     recipe = load(changed("train_ref: {steps: 20, batch: {queries: 8}}", "train_ref: null")).recipe
     assert recipe.train_ref == recipes.TrainRef()

@@ -66,6 +66,8 @@ def _rows(section: type[Section], deeper: bool, above: str = "", values: Any = N
         inner = _section(field.annotation)
         default = field.default if values is None else getattr(values, name)
         if inner is not None and inner is not PluginChoice and deeper:
+            if isinstance(field.default, Section) and type(None) in typing.get_args(field.annotation):
+                yield f"{above}{name}", field, default  # what null means there
             yield from _rows(inner, deeper, f"{above}{name}.", default if isinstance(default, Section) else None)
         else:
             yield f"{above}{name}", field, default
