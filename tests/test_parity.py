@@ -47,6 +47,21 @@ def test_two_processes_meet_the_same_batches_and_learn_the_same_weights(another_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_processes_learn_the_weights_of_one_with_zero(zero_stage, another_experiment):
+    """In micro-batches so small that one rank has more of them than the other."""
+    options = ("learn_weights.steps=8", "encoder={micro_batch_tokens: 96, activation_tokens: 480}")
+    one = another_experiment("one").run(*options, stage="learn-weights")
+    # small parameters would stay whole
+    scattered = "zero_optimization: {stage3_param_persistence_threshold: 0}"
+    sharing = (*options, f"deepspeed={{zero_stage: {zero_stage}, {scattered}}}")
+    two = another_experiment("two").run(*sharing, stage="learn-weights", num_gpus=2)
+    assert weights(two) == pytest.approx(weights(one), abs=1e-5)
+    losses = [[line["loss"] for line in read_metrics(out / "metrics.jsonl")] for out in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train-ref", "finetune"])
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_two_processes_train_the_model_of_one(stage, zero_stage, another_experiment):

@@ -20,6 +20,7 @@ from tdro_cli import artifacts, registry
 from tdro_cli.data.batching import Batch, BatchPlan, assemble, drawn_counts
 from tdro_cli.data.collation import TokenBatch
 from tdro_cli.data.loading import Arriving, Collation, num_workers
+from tdro_cli.data.tokenization import TokenIds
 from tdro_cli.errors import RunFailed, TdroError
 from tdro_cli.learn.contrastive import per_query_infonce
 from tdro_cli.learn.dro import (
@@ -33,6 +34,7 @@ from tdro_cli.learn.dro import (
     start_weights,
     update_weights,
 )
+from tdro_cli.learn.gradient_cache import backward, forward
 from tdro_cli.learn.reference_cache import ReferenceCache, loss_key
 from tdro_cli.learn.task_gradients import gradient_products, watched_parameters
 from tdro_cli.learn.training import (
@@ -43,7 +45,7 @@ from tdro_cli.learn.training import (
     training_tasks,
 )
 from tdro_cli.model.encoder import TextEncoder
-from tdro_cli.model.packing import budget_on, encode_token_lists
+from tdro_cli.model.packing import Budget, budget_on, encode_token_lists
 from tdro_cli.protocols import GradientUpdater, TaskLosses
 from tdro_cli.recipe import Recipe, Stop
 from tdro_cli.report.live import weights_view
@@ -95,21 +97,27 @@ def query_losses(
     device: Any,
 ) -> QueryLosses:
     """InfoNCE of the queries `rows` over their own passages; with a graph where gradients are enabled."""
-    spans = [range(batch.first_B[row], batch.first_B[row] + batch.count_B[row]) for row in rows]
-    texts = [batch.queries[row] for row in rows] + [batch.passages[i] for span in spans for i in span]
+    texts = texts_of(batch, rows)
     packed = encode_token_lists(model, texts, pad_id=pad_id, budget=tokens_at_once, device=device)
-    most = max(len(span) for span in spans)
-    place_bN = np.zeros((len(rows), most), dtype=np.int64)
-    mask_bN = np.zeros((len(rows), most), dtype=bool)
-    after = len(rows)
-    for number, span in enumerate(spans):
-        place_bN[number, : len(span)] = np.arange(after, after + len(span))
-        mask_bN[number, : len(span)] = True
-        after += len(span)
-    passage_bND = packed.embedding_ND[torch.from_numpy(place_bN).to(packed.embedding_ND.device)]
-    mask = torch.from_numpy(mask_bN).to(packed.embedding_ND.device)
-    loss_B = per_query_infonce(packed.embedding_ND[: len(rows)], passage_bND, temperature, mask_BN=mask)
+    loss_B = losses_of_embeddings(packed.embedding_ND, batch, rows, temperature)
     return QueryLosses(rows, loss_B, packed.tokens, packed.tokens + packed.padded_tokens)
+
+
+def texts_of(batch: TokenBatch, rows: np.ndarray) -> list[TokenIds]:
+    """The queries `rows`, then the passages of each in turn."""
+    passages = [i for row in rows for i in range(batch.first_B[row], batch.first_B[row] + batch.count_B[row])]
+    return [batch.queries[row] for row in rows] + [batch.passages[i] for i in passages]
+
+
+def losses_of_embeddings(embedding_ND: Tensor, batch: TokenBatch, rows: np.ndarray, temperature: float) -> Tensor:
+    """InfoNCE [b] of the queries `rows`, from the embeddings of `texts_of` them."""
+    count_b, device = batch.count_B[rows], embedding_ND.device
+    after_b = len(rows) + np.cumsum(count_b) - count_b
+    place_bN = after_b[:, None] + np.arange(count_b.max())
+    mask_bN = np.arange(count_b.max()) < count_b[:, None]
+    passage_bND = embedding_ND[torch.from_numpy(np.where(mask_bN, place_bN, 0)).to(device)]
+    mask = torch.from_numpy(mask_bN).to(device)
+    return per_query_infonce(embedding_ND[: len(rows)], passage_bND, temperature, mask_BN=mask)
 
 
 class Reference:
@@ -401,6 +409,8 @@ def _proxy_pass(
     """
     world, section = engine.world, recipe.encoder
     budget = budget_on(world.device, section)
+    if engine.zero_stage == 3:
+        return _cached_pass(engine, own, section.temperature, budget, pad_id, weight_B)
     parts = micro_batches(own, budget.activation_tokens)
     missing = world.most(len(parts)) - len(parts)
     loss_B = torch.zeros(len(own.queries), device=world.device)
@@ -428,6 +438,20 @@ def _proxy_pass(
         if weight_B is not None:
             engine.backward(idle.sum() * 0.0, last=number == missing - 1)
     return loss_B, tokens, computed
+
+
+def _cached_pass(
+    engine: Engine, own: TokenBatch, temperature: float, budget: Budget, pad_id: int, weight_B: Tensor | None
+) -> tuple[Tensor, int, int]:
+    """The same under ZeRO 3, where each forward gathers parameters: as many chunks on every rank, one graph at once."""
+    rows = np.arange(len(own.queries))
+    passed = forward(engine, texts_of(own, rows), pad_id=pad_id, budget=budget)
+    embedding_ND = passed.embedding_ND.requires_grad_()
+    loss_B = losses_of_embeddings(embedding_ND, own, rows, temperature)
+    if weight_B is not None:
+        (gradient_ND,) = torch.autograd.grad((loss_B * weight_B).sum(), embedding_ND)
+        backward(engine, passed, gradient_ND)
+    return loss_B.detach(), passed.tokens, passed.computed
 
 
 def _watched(engine: Engine, updater: Any, recipe: Recipe) -> list[torch.nn.Parameter]:

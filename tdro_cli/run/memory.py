@@ -93,7 +93,7 @@ def estimate(recipe: Recipe, stages: list[str], *, ranks: int = 1, device: str |
     planned = {stage: facts[zero] for stage, facts in found["variants"][found["trained"]]["stages"].items()}
     stage, worst = max(planned.items(), key=lambda item: item[1]["total"])
     largest = max((key for key in worst if key not in MOMENTARY), key=worst.__getitem__)
-    computed_again = graphs_may_wait(stage, int(zero)) and budget.activation_tokens > budget.micro_batch_tokens
+    computed_again = int(zero) < 3 and budget.activation_tokens > budget.micro_batch_tokens
     found["largest"] = {
         "stage": stage,
         "what": largest,
@@ -101,11 +101,6 @@ def estimate(recipe: Recipe, stages: list[str], *, ranks: int = 1, device: str |
         "remedy": remedy(largest, recipe, stage, computed_again=computed_again),
     }
     return found
-
-
-def graphs_may_wait(stage: str, zero_stage: int) -> bool:
-    """Whether more than one micro-batch has its activations kept at once."""
-    return zero_stage < 3 or stage == "learn-weights"
 
 
 def remedy(largest: str, recipe: Recipe, stage: str, *, computed_again: bool) -> str:
@@ -134,7 +129,7 @@ def device_bytes(
     per_rank = -(-batch.queries // ranks)
     longest = per_rank * (encoder.query_length + batch.passages_per_query * encoder.passage_length)
     # under ZeRO 3 and beyond activation_tokens only one micro-batch has a graph
-    graphs = min(longest, budget.activation_tokens) if graphs_may_wait(stage, zero_stage) else 0
+    graphs = min(longest, budget.activation_tokens) if zero_stage < 3 else 0
     at_once = min(budget.micro_batch_tokens, longest)
     kept = shape.kept * max(graphs, at_once) / encoder.micro_batch_tokens
     states["activations"] = kept + (shape.peak - shape.kept) * at_once / encoder.micro_batch_tokens

@@ -192,7 +192,9 @@ def engine_gradient(case: Case, world: World) -> tuple[dict[str, torch.Tensor], 
     names = [name for name, p in encoder.named_parameters() if p.requires_grad]
     optimizer = Optimizer(learning_rate=1.0, weight_decay=0.0, eps=EPSILON, max_grad_norm=None)
     before = {name: p.detach().clone() for name, p in encoder.named_parameters() if p.requires_grad}
-    engine = Engine(encoder, optimizer, {"zero_stage": case.zero_stage}, world)
+    # else ZeRO 3 would leave parameters as small as these whole
+    scattered = {"stage3_param_persistence_threshold": 0}
+    engine = Engine(encoder, optimizer, {"zero_stage": case.zero_stage, "zero_optimization": scattered}, world)
     engine.train()
     batch = part_of_rank(world.rank, world.size, case.passages)
     tasks = [TrainingTask("only", None, np.arange(6), "", False, case.in_batch)]
