@@ -54,6 +54,31 @@ def test_bm25_ranks_one_ranking_a_query_in_order():
     assert [(r.query_id, list(r.docids)) for r in rankings] == [("q1", ["d1", "d4"]), ("q2", ["d3"]), ("q3", [])]
 
 
+LANGUAGES = {
+    "fa": [("پایتخت ایران کجاست؟", "تهران پایتخت ایران است"), ("بلندترین کوه کدام است؟", "دماوند کوه بلندی است")],
+    "zh": [("北京大学在哪里", "北京大学位于海淀区"), ("上海的天气如何", "今天上海下雨")],
+    "ja": [("東京タワーの高さは？", "東京タワーは333メートルです"), ("大阪城はどこですか", "大阪城は大阪市にある")],
+    "en": [
+        ("Who is running the bank?", "The bank is run by its owners."),
+        ("What is a heart?", "The heart is a pump."),
+    ],
+    "standard": [("Ziwa kubwa ni lipi?", "Ziwa Viktoria ni kubwa"), ("Mlima mrefu?", "Mlima Kilimanjaro ni mrefu")],
+    "multilingual": [("北京在哪里", "北京是中国的首都"), ("Where is the tower?", "The tower is in Paris.")],
+}
+
+
+def test_bm25_serves_tasks_in_several_and_unknown_languages_with_one_java_process():
+    with BM25().session() as session:
+        pid = session.process.pid
+        for analyzer, pairs in LANGUAGES.items():
+            queries = [Text(f"q{i}", query) for i, (query, _) in enumerate(pairs)]
+            corpus = [Text(f"d{i}", passage) for i, (_, passage) in enumerate(pairs)]
+            rankings = list(session.mine(queries, corpus, depth=2))
+            assert [ranking.docids[0] for ranking in rankings] == ["d0", "d1"]
+            assert session.facts == {"analyzer": analyzer}
+        assert session.process.pid == pid
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
