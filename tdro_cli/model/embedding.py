@@ -18,7 +18,7 @@ from tdro_cli.data.tokenization import TextTokenizer
 from tdro_cli.errors import TdroError
 from tdro_cli.model.contract import CONTRACT_FILE, EncoderContract
 from tdro_cli.model.encoder import TextEncoder, check_lengths, position_limit
-from tdro_cli.model.packing import cut, embed_batch, is_unpadded
+from tdro_cli.model.packing import BUSY_TOKENS, embed_batch, is_unpadded, token_budget_batches, unpadded_batches
 from tdro_cli.protocols import LoadedBackbone
 
 CHUNK = 4096
@@ -95,8 +95,7 @@ class Embedder:
     def _embed(self, token_lists: list[list[int]]) -> np.ndarray:
         was_training = self.encoder.training
         self.encoder.eval()
-        lengths = [len(tokens) for tokens in token_lists]
-        batches, _ = cut(lengths, self.token_budget, unpadded=is_unpadded(self.encoder))
+        batches = self._batches([len(tokens) for tokens in token_lists])
         try:
             with torch.inference_mode():
                 # filled in place: small results kept between large activations would leave the heap in pieces
@@ -107,6 +106,12 @@ class Embedder:
         finally:
             self.encoder.train(was_training)
         return embedding_ND.cpu().numpy()
+
+    def _batches(self, lengths: Sequence[int]) -> list[np.ndarray]:
+        """Which texts go through the model together: the same whatever the threads, since it shows in the last bits."""
+        if is_unpadded(self.encoder):
+            return unpadded_batches(lengths, self.token_budget)
+        return token_budget_batches(lengths, self.token_budget, max(BUSY_TOKENS, self.token_budget // 32))
 
 
 def load_embedder(

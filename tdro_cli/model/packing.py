@@ -56,18 +56,19 @@ def tokens_at_once(budget: int, device: Any) -> int:
     return min(budget, CPU_TOKENS) if device.type == "cpu" else budget
 
 
-def token_budget_batches(lengths: Sequence[int], budget: int) -> list[np.ndarray]:
+def token_budget_batches(lengths: Sequence[int], budget: int, busy: int | None = None) -> list[np.ndarray]:
     """Indices into `lengths`, longest first, in batches with count × longest length <= `budget`.
 
     A batch also ends before a text that is a sixteenth shorter than its longest, once it has enough tokens to keep a
-    device busy: then padding stays low whatever the budget. A text longer than the budget is a batch of its own. Equal
-    lengths keep their order. Every index occurs once. Raises ValueError unless `budget` > 0.
+    device busy (`busy`; by default more with several threads): then padding stays low whatever the budget. A text
+    longer than the budget is a batch of its own. Equal lengths keep their order. Every index occurs once. Raises
+    ValueError unless `budget` > 0.
     """
     if budget <= 0:
         raise ValueError(f"the token budget must be > 0, got {budget}")
     length = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-length, kind="stable")
-    busy = max(BUSY_TOKENS * min(torch.get_num_threads(), 2), budget // 32)
+    busy = busy or max(BUSY_TOKENS * min(torch.get_num_threads(), 2), budget // 32)
     batches, start = [], 0
     while start < len(order):
         longest = max(1, int(length[order[start]]))

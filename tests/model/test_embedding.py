@@ -39,6 +39,18 @@ def test_texts_come_back_in_order_whatever_the_chunk_and_budget(tiny, texts, mon
     assert embedder.encode_queries([]).shape == (0, 32)
 
 
+def test_the_number_of_threads_changes_no_bit(tiny):
+    texts = ["word " * length for length in range(5, 90)]  # of more lengths than fit into a batch
+    embedder, before = load_embedder(tiny("bert"), device="cpu"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = embedder.encode_passages(texts)
+        torch.set_num_threads(2)
+        assert np.array_equal(embedder.encode_passages(texts), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_stream_reads_two_chunks_ahead_at_most(tiny, texts, monkeypatch):
     monkeypatch.setattr(embedding, "CHUNK", 2)
     taken = []
