@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdro_cli import artifacts
+from tdro_cli import artifacts, registry
 from tdro_cli.errors import TdroError, did_you_mean
 from tdro_cli.recipe import LoadedRecipe, PluginChoice, Recipe
 from tdro_cli.run import timing
@@ -141,8 +141,7 @@ def _measure(plan: Plan, whole: Recipe, peak_flops: float, machines: Machines, s
     seconds = {name: sum(line["seconds"].get(name, 0.0) for line in lines[WARM_UP:]) for name in PARTS}
     step_seconds = statistics.median(wall)
     steps = _section(whole, plan.stage).steps
-    passes = {"learn-weights": 4, "finetune": 3}[plan.stage]  # forward, backward twice as much; the reference's forward
-    useful = passes * sum(shape.forward_flops(length) for lengths in texts for length in lengths)
+    useful = passes(whole, plan.stage) * sum(shape.forward_flops(length) for lengths in texts for length in lengths)
     total = sum(wall)
     result = {
         "stage": plan.stage,
@@ -162,6 +161,15 @@ def _measure(plan: Plan, whole: Recipe, peak_flops: float, machines: Machines, s
         warm = step_seconds * (1 - result["shares"]["reference"])
         result["projected_hours_with_cached_reference"] = warm * steps / 3600
     return result
+
+
+def passes(recipe: Recipe, stage: str) -> int:
+    """What a step needs, in forward passes: a backward is two, the reference's forward one more."""
+    if stage == "finetune":
+        return 3
+    choice = recipe.learn_weights.loss_measurement
+    measurement = registry.resolve("loss_measurements", choice.name, choice.options)
+    return 3 + bool(getattr(measurement, "needs_reference", True))
 
 
 def _devices(machines: Machines) -> int:

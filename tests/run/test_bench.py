@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tdro_cli import artifacts
+from tdro_cli import recipe as recipes
 from tdro_cli.learn.training import backbone_source, load_encoder
-from tdro_cli.run.bench import PARTS, ModelShape, _devices, texts_of_steps
+from tdro_cli.run.bench import PARTS, ModelShape, _devices, passes, texts_of_steps
 from tdro_cli.run.launch import Machines
 
 
@@ -42,6 +43,15 @@ def test_the_tokens_counted_are_those_that_the_run_computes(experiment):
     _, tokenizer = load_encoder(plan.settings(), backbone_source(plan))
     counted = [sum(map(sum, texts_of_steps(plan, tokenizer, once=once))) for once in (True, False)]
     assert counted[0] == computed < counted[1]  # some passages come again in a batch
+
+
+def test_the_reference_counts_only_where_it_is_needed(tiny_recipe):
+    def of(*sections):
+        recipe = recipes.load(tiny_recipe, sections).recipe
+        return passes(recipe, "learn-weights"), passes(recipe, "finetune")
+
+    assert of() == (4, 3)
+    assert of("learn_weights.loss_measurement=absolute") == (3, 3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU here")
