@@ -138,7 +138,9 @@ def _begin(collation: Collation) -> None:
     global _collation
     for number in STOPPING:  # meant for the training process, which ends its workers
         signal.signal(number, signal.SIG_IGN)
-    die_with_parent(signal.SIGKILL)
+    run = multiprocessing.parent_process()
+    assert run is not None
+    die_with_parent(signal.SIGKILL, parent=run.pid)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     _collation = collation
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -9,13 +10,18 @@ import threading
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends
 
 
-def die_with_parent(by: signal.Signals = signal.SIGTERM) -> None:
-    """Has this process sent `by` when the one that started it is gone, so that no rank is left behind. Linux only."""
+def die_with_parent(by: signal.Signals = signal.SIGTERM, *, parent: int | None = None) -> None:
+    """Has this process sent `by` when the one that started it is gone, so that no rank is left behind. Linux only.
+
+    `parent`: its id, where it may be gone already; then at once.
+    """
     if sys.platform == "linux":
         import ctypes
 
         set_death_signal = 1
         ctypes.CDLL(None).prctl(set_death_signal, int(by))
+        if parent is not None and os.getppid() != parent:
+            os.kill(os.getpid(), by)
 
 
 class Interruption:

@@ -107,28 +107,35 @@ class Deadly:
 
 
 TRAINING = """
-import os, pickle, sys, time
+import multiprocessing, os, pickle, sys, threading, time
 from tdro_cli.data.loading import Arriving
 if __name__ == "__main__":
     arriving = Arriving(pickle.load(open(sys.argv[1], "rb")), range(100), workers=2)
-    next(arriving)
-    print(*(process.pid for process in __import__("multiprocessing").active_children()), flush=True)
+    if sys.argv[2] == "at work":
+        next(arriving)
+    else:
+        threading.Thread(target=next, args=(arriving,)).start()
+        while len(multiprocessing.active_children()) < 2:
+            time.sleep(0.001)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     time.sleep(60)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="by the kernel's help")
-def test_workers_do_not_outlive_a_killed_run_and_leave_its_interrupt_alone(collation, tmp_path):
+@pytest.mark.parametrize("moment", ["starting", "at work"])
+def test_workers_do_not_outlive_a_killed_run_and_leave_its_interrupt_alone(moment, collation, tmp_path):
     (tmp_path / "train.py").write_text(TRAINING)
     (tmp_path / "collation.pickle").write_bytes(pickle.dumps(collation))
-    command = [sys.executable, "train.py", "collation.pickle"]
+    command = [sys.executable, "train.py", "collation.pickle", moment]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as training:
         workers = [int(pid) for pid in training.stdout.readline().split()]
         assert len(workers) == 2
         for pid in workers:  # as a terminal's Ctrl-C does
             os.kill(pid, signal.SIGINT)
             os.kill(pid, signal.SIGTERM)
-        time.sleep(0.2)
+        if moment == "at work":
+            time.sleep(0.2)
         assert all(Path(f"/proc/{pid}/exe").exists() for pid in workers)
         training.kill()
     deadline = time.monotonic() + 20
