@@ -16,7 +16,8 @@ _BLOCK = 1 << 22  # numbers drawn at once: 32 MB of float64
 def paired_t_test(a: Sequence[float], b: Sequence[float]) -> float:
     """Two-sided p of the paired t-test of a against b, both [n].
 
-    1 where nothing can be said: n < 2, or no difference at all. 0 where every difference is the same and not 0.
+    1 where nothing can be said: n < 2, or no difference at all. Where every difference is the same there is no spread
+    to measure it by, and p is the randomisation test's, 2^(1 - n): two seeds that happen to agree prove nothing.
     """
     from scipy import stats
 
@@ -26,7 +27,7 @@ def paired_t_test(a: Sequence[float], b: Sequence[float]) -> float:
     spread = diff_n.std(ddof=1)
     # differences that are equal up to rounding have no spread: t would be a ratio of rounding errors
     if spread <= 1e-12 * abs(diff_n).max():
-        return 0.0
+        return 2.0 ** (1 - diff_n.size)
     t = diff_n.mean() / (spread / np.sqrt(diff_n.size))
     return float(2 * stats.t.sf(abs(t), diff_n.size - 1))
 

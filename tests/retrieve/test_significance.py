@@ -33,8 +33,11 @@ def test_nothing_to_test_gives_p_of_one(a, b):
     assert randomisation_test(a, b) == 1.0
 
 
-def test_a_constant_difference_has_no_spread():
-    assert paired_t_test([0.3, 0.4, 0.9], [0.2, 0.3, 0.8]) == 0.0
+@pytest.mark.parametrize("n", [2, 3, 40])
+def test_a_constant_difference_is_as_sure_as_its_signs(n):
+    a, b = [0.3 + 0.01 * i for i in range(n)], [0.2 + 0.01 * i for i in range(n)]
+    assert paired_t_test(a, b) == 2.0 ** (1 - n)
+    assert n > 14 or paired_t_test(a, b) == randomisation_test(a, b)
 
 
 def test_exact_randomisation_of_hand_numbers():
