@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from typing import Self
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends
 
@@ -24,19 +25,17 @@ def die_with_parent(by: signal.Signals = signal.SIGTERM, *, parent: int | None =
             os.kill(os.getpid(), by)
 
 
-class Interruption:
-    """As a context, has SIGINT and SIGTERM raise KeyboardInterrupt, so that what was begun is cleaned up.
+class _Hearing:
+    """As a context, has `_hear` called for SIGINT and SIGTERM, where this is the main thread."""
 
-    A library that is interrupted may answer with an error of its own: `happened` tells that from a fault.
-    """
+    ignored_too = (
+        True  # whether a signal that is ignored, as Ctrl-C by a shell's background jobs, is heard all the same
+    )
 
-    def __init__(self) -> None:
-        self.happened = False
-
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> Self:
         self.before = {}
         if threading.current_thread() is threading.main_thread():
-            heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+            heard = [n for n in STOPPING if self.ignored_too or signal.getsignal(n) is not signal.SIG_IGN]
             self.before = {number: signal.signal(number, self._hear) for number in heard}
         return self
 
@@ -45,25 +44,30 @@ class Interruption:
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: object) -> None:
+        raise NotImplementedError
+
+
+class Interruption(_Hearing):
+    """As a context, has SIGINT and SIGTERM raise KeyboardInterrupt, so that what was begun is cleaned up.
+
+    A library that is interrupted may answer with an error of its own: `happened` tells that from a fault.
+    """
+
+    ignored_too = False
+
+    def __init__(self) -> None:
+        self.happened = False
+
+    def _hear(self, number: int, frame: object) -> None:
         self.happened = True
         raise KeyboardInterrupt
 
 
-class StopWish:
+class StopWish(_Hearing):
     """As a context, takes SIGINT and SIGTERM as the wish to stop between two steps; the second one stops at once."""
 
     def __init__(self) -> None:
         self.uttered = False
-
-    def __enter__(self) -> StopWish:
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._hear) for number in STOPPING}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
     def _hear(self, number: int, frame: object) -> None:
         if self.uttered:
