@@ -28,9 +28,7 @@ def die_with_parent(by: signal.Signals = signal.SIGTERM, *, parent: int | None =
 class _Hearing:
     """As a context, has `_hear` called for SIGINT and SIGTERM, where this is the main thread."""
 
-    ignored_too = (
-        True  # whether a signal that is ignored, as Ctrl-C by a shell's background jobs, is heard all the same
-    )
+    ignored_too = True  # whether ignored signals are heard, as Ctrl-C is by a shell's background jobs
 
     def __enter__(self) -> Self:
         self.before = {}
